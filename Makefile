@@ -1,0 +1,55 @@
+# Set-up, demo, tests. `make demo` and `make test` work from a fresh clone with Python 3.10 or newer and nothing else.
+
+PYTHON ?= python3
+VENV := .venv
+PEERS := .peers
+PIP = $(1)/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test check peers parity consumers benchmarks clean
+
+demo: $(VENV)/.ready
+	$(VENV)/bin/roundel demo
+
+test: check
+
+# Format, lint, types, floors, tests: the one command that CI runs.
+check: $(VENV)/.ready
+	$(VENV)/bin/ruff format --check src tests benchmarks tools
+	$(VENV)/bin/ruff check src tests benchmarks tools
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(call PIP,$(VENV)) --constraint constraints.txt torch
+	$(call PIP,$(VENV)) --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# The tools that roundel is compared with, each in an environment of its own; never imported by ours.
+peers: $(PEERS)/auto-round/.ready $(PEERS)/gptqmodel/.ready
+
+$(PEERS)/auto-round/.ready: constraints.txt
+	$(PYTHON) -m venv $(PEERS)/auto-round
+	$(call PIP,$(PEERS)/auto-round) torch==2.13.0
+	$(call PIP,$(PEERS)/auto-round) torch==2.13.0 auto-round==0.16.1 auto-round-lib==0.16.0 transformers==5.23.0 \
+	    compressed-tensors==0.20.0
+	touch $@
+
+$(PEERS)/gptqmodel/.ready: constraints.txt
+	$(PYTHON) -m venv $(PEERS)/gptqmodel
+	$(call PIP,$(PEERS)/gptqmodel) torch==2.13.0
+	$(call PIP,$(PEERS)/gptqmodel) torch==2.13.0 transformers==5.23.0 accelerate optimum
+	touch $@
+
+# Bit for bit against auto-round, and our files in the runtimes that read them.
+parity: $(VENV)/.ready peers
+	$(VENV)/bin/python -m pytest tests/peers/test_auto_round.py
+
+consumers: $(VENV)/.ready peers
+	$(VENV)/bin/python -m pytest tests/peers/test_consumers.py
+
+benchmarks: $(VENV)/.ready peers
+	$(VENV)/bin/python benchmarks/model_free.py
+
+clean:
+	rm -rf $(VENV) $(PEERS) build dist src/*.egg-info

@@ -1,0 +1,5 @@
+"""`python -m roundel`."""
+
+from roundel.cli.main import main
+
+main()
