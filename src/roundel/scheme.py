@@ -1,0 +1,292 @@
+"""What one number of a quantized weight means: Element, Grid, Scheme, and the table of presets.
+
+A `Scheme` is a value: two layers quantized alike have equal schemes. Nothing here touches a tensor, so a plan can be
+made without torch. Preset names are auto-round's (its `schemes.py`); names are read in any case. Other people's
+spellings ("w4a16_asym", "int4", `{"bits": 4, "group_size": 64}`) are understood here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Literal
+
+from roundel.errors import RecipeError, nearest
+
+__all__ = ["ELEMENTS", "MIXES", "PRESETS", "Element", "Grid", "Mix", "Scheme", "describe_block"]
+
+INTEGER_BITS = range(2, 9)
+NF4_VALUES = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Element:
+    """What one code means.
+
+    name     "int4" (signed), "uint4" (with a zero point), "e2m1", "e4m3", "e8m0", "nf4"
+    bits     stored bits per code
+    lo, hi   smallest and largest code of an integer; smallest and largest value of a float
+    values   the value of code 0, 1, 2 ... where codes are indices into a table; else None and a code is its own value
+    """
+
+    name: str
+    bits: int
+    lo: float
+    hi: float
+    values: tuple[float, ...] | None = None
+
+    @property
+    def is_integer(self) -> bool:
+        return "int" in self.name
+
+
+def _elements() -> dict[str, Element]:
+    signed = [Element(name=f"int{b}", bits=b, lo=-(2 ** (b - 1)), hi=2 ** (b - 1) - 1) for b in range(1, 9)]
+    unsigned = [Element(name=f"uint{b}", bits=b, lo=0, hi=2**b - 1) for b in range(1, 9)]
+    floats = [
+        Element(name="e2m1", bits=4, lo=-6.0, hi=6.0, values=E2M1_VALUES),
+        Element(name="nf4", bits=4, lo=-1.0, hi=1.0, values=NF4_VALUES),
+        Element(name="e4m3", bits=8, lo=-448.0, hi=448.0),
+        Element(name="e8m0", bits=8, lo=2.0**-127, hi=2.0**127),
+    ]
+    return {e.name: e for e in signed + unsigned + floats}
+
+
+ELEMENTS = _elements()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The grid a matrix [out, in] is rounded to: weight = (code - zero) * scale, one scale for each block.
+
+    element     what a code means
+    block       (rows, columns) sharing one scale; 0 means the whole axis: (1, 128) group, (1, 0) channel,
+                (0, 0) tensor, (128, 128) block. A last block may be cut short by the matrix.
+    symmetric   True: no zero point, codes are signed or floats; False: unsigned codes and a zero point per block
+    scale       dtype of the stored scale ("F16", "BF16", "F32", "E8M0"), or a Grid where scales are quantized too
+    exponent    how a power-of-two scale is found: "floor" of log2(max) (OCP MX specification 1.0, section 6.3) or
+                "rceil", the ceiling of log2(max / largest element)
+    lowest_zero the smallest zero point a format can store: 1 where readers cannot represent 0 (GPTQ v1)
+    """
+
+    element: Element
+    block: tuple[int, int]
+    symmetric: bool = True
+    scale: str | Grid = "F16"
+    exponent: Literal["floor", "rceil"] = "floor"
+    lowest_zero: int = 0
+
+    def blocks(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """How many blocks a matrix of this shape has along [out, in]."""
+        rows, columns = self.block_of(shape)
+        return -(-shape[0] // rows), -(-shape[1] // columns)
+
+    def block_of(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """The block with 0 replaced by the axis' length."""
+        return self.block[0] or max(shape[0], 1), self.block[1] or max(shape[1], 1)
+
+    def bits_per_weight(self, shape: tuple[int, int]) -> float:
+        """Stored bits per weight, scales and zero points included."""
+        blocks = self.blocks(shape)
+        count = blocks[0] * blocks[1]
+        if isinstance(self.scale, Grid):
+            scale_bits = self.scale.bits_per_weight(blocks) * count
+        else:
+            scale_bits = count * {"E8M0": 8, "F8_E4M3": 8, "F16": 16, "BF16": 16, "F32": 32}[self.scale]
+        zero_bits = 0 if self.symmetric else count * self.element.bits
+        return self.element.bits + (scale_bits + zero_bits) / max(1, shape[0] * shape[1])
+
+
+def describe_block(block: tuple[int, int]) -> str:
+    """`group of 128`, `channel`, `tensor`, `128x128 block`: a block as people say it."""
+    if block == (0, 0):
+        return "tensor"
+    if block == (1, 0):
+        return "channel"
+    return f"group of {block[1]}" if block[0] == 1 else f"{block[0]}x{block[1]} block"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """How one layer is stored: the weight's grid and, where inputs are quantized at run time, theirs.
+
+    name      the preset's name, or one made from the fields; two schemes are equal when their grids are
+    weight    None for a layer that stays as it is
+    input     None where inputs stay in 16 bits
+    dynamic   whether input scales are computed at run time (True) or stored (False)
+    """
+
+    name: str
+    weight: Grid
+    input: Grid | None = None
+    dynamic: bool = True
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Scheme):
+            return NotImplemented
+        return (self.weight, self.input, self.dynamic) == (other.weight, other.input, other.dynamic)
+
+    def __hash__(self) -> int:
+        return hash((self.weight, self.input, self.dynamic))
+
+    @property
+    def bits(self) -> int:
+        return self.weight.element.bits
+
+    @property
+    def is_integer(self) -> bool:
+        return self.weight.element.is_integer
+
+    @property
+    def group_size(self) -> int:
+        """As other tools say it: -1 is one group per row, 0 one for the tensor, else weights in a group."""
+        rows, columns = self.weight.block
+        return (0 if rows == 0 else -1) if columns == 0 else columns
+
+    @classmethod
+    def parse(cls, text: str | Scheme | Mapping[str, object]) -> Scheme:
+        """A scheme from a preset's name, from a foreign spelling, or from a mapping of fields.
+
+        A mapping may hold `scheme` (the start; default W4A16), `bits`, `group_size`, `sym`.
+        Raises RecipeError, naming the nearest known preset, when the text means nothing.
+        """
+        if isinstance(text, Scheme):
+            return text
+        if isinstance(text, Mapping):
+            unknown = set(text) - {"scheme", "bits", "group_size", "sym"}
+            if unknown:
+                raise RecipeError(
+                    f"A scheme has no field {sorted(unknown)[0]!r}. Allowed are scheme, bits, group_size and sym."
+                    + nearest(str(sorted(unknown)[0]), ("scheme", "bits", "group_size", "sym"))
+                )
+            return cls.parse(str(text.get("scheme", "W4A16"))).altered(
+                bits=_whole(text, "bits"), group_size=_whole(text, "group_size"), sym=_truth(text, "sym")
+            )
+        return _parse_name(text)
+
+    def altered(self, bits: int | None = None, group_size: int | None = None, sym: bool | None = None) -> Scheme:
+        """The same scheme with integer bits, group size or symmetry replaced; None keeps a value.
+
+        Raises RecipeError when a value is not allowed, or the scheme's grid is fixed (MXFP4 ...).
+        """
+        if bits is None and group_size is None and sym is None:
+            return self
+        if not self.is_integer:
+            same = bits in (None, self.bits) and group_size in (None, self.group_size) and sym in (None, True)
+            if same:
+                return self
+            raise RecipeError(
+                f"{self.name} has a fixed grid ({self.bits} bits, {describe_block(self.weight.block)}, symmetric): "
+                "bits, group size and symmetry cannot be changed. Choose an integer scheme such as W4A16 instead."
+            )
+        return integer_scheme(
+            self.bits if bits is None else bits,
+            self.group_size if group_size is None else group_size,
+            self.weight.symmetric if sym is None else sym,
+        )
+
+
+def integer_scheme(bits: int, group_size: int = 128, sym: bool = True) -> Scheme:
+    """Weight-only integers with float16 scales. Raises RecipeError for bits outside 2..8 or a group size below 1."""
+    if bits not in INTEGER_BITS:
+        raise RecipeError(f"bits={bits} is not possible: integer schemes have 2 to 8 bits.")
+    if group_size == 0 or group_size < -1:
+        raise RecipeError(
+            f"group_size={group_size} is not possible: use a positive number of weights, or -1 for one scale per row."
+        )
+    name = f"W{bits}A16" + {128: "", -1: "G-1"}.get(group_size, f"G{group_size}") + ("" if sym else "_ASYM")
+    element = ELEMENTS[f"{'int' if sym else 'uint'}{bits}"]
+    block = (1, 0) if group_size == -1 else (1, group_size)
+    return Scheme(name=name, weight=Grid(element=element, block=block, symmetric=sym, scale="F16"))
+
+
+def _mx(name: str, element: str, exponent: Literal["floor", "rceil"] = "floor") -> Scheme:
+    # auto-round's RCEIL presets change the activations only; weights keep the floor rule.
+    weight = Grid(element=ELEMENTS[element], block=(1, 32), scale="E8M0")
+    return Scheme(name=name, weight=weight, input=replace(weight, exponent=exponent))
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Two presets by role: routed experts take one, every other layer the other."""
+
+    name: str
+    experts: str
+    others: str
+
+
+PRESETS: dict[str, Scheme] = {
+    s.name: s
+    for s in (
+        *(integer_scheme(b, g) for b in INTEGER_BITS for g in (128, 64, 32)),
+        _mx("MXFP4", "e2m1"),
+        _mx("MXFP4_RCEIL", "e2m1", "rceil"),
+        _mx("MXFP8", "e4m3"),
+        _mx("MXFP8_RCEIL", "e4m3", "rceil"),
+    )
+}
+MIXES: dict[str, Mix] = {m.name: m for m in (Mix("W4A16_MIXED", experts="W4A16", others="W8A16"),)}
+
+_INTEGER_NAME = re.compile(r"W(?P<bits>\d+)A16(?:_?G(?P<group>-?\d+))?(?P<asym>_ASYM|_SYM)?")
+_FOREIGN_NAMES = {**{f"INT{b}": f"W{b}A16" for b in INTEGER_BITS}, "MX_FP4": "MXFP4", "MX_FP8": "MXFP8"}
+
+
+@cache
+def _parse_name(text: str) -> Scheme:
+    name = text.strip().upper().replace("-", "_").replace("G_1", "G-1")
+    name = _FOREIGN_NAMES.get(name, name)
+    if name in PRESETS:
+        return PRESETS[name]
+    found = _INTEGER_NAME.fullmatch(name)
+    if found:
+        group = int(found["group"]) if found["group"] else 128
+        return integer_scheme(int(found["bits"]), group, found["asym"] != "_ASYM")
+    known = (*PRESETS, *MIXES)
+    if name in MIXES:
+        raise RecipeError(
+            f"{text} is a mix of schemes for a whole model, not the scheme of one layer. Use one of its parts."
+        )
+    raise RecipeError(
+        f"Unknown scheme {text!r}.{nearest(text, known)} Known are {', '.join(_short_list())}; "
+        "or build one from W<bits>A16[G<group size>][_ASYM]. `roundel list schemes` shows all."
+    )
+
+
+def _short_list() -> list[str]:
+    return [n for n in PRESETS if "G" not in n] + list(MIXES)
+
+
+def _whole(fields: Mapping[str, object], key: str) -> int | None:
+    value = fields.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RecipeError(f"{key}={value!r} is not possible: {key} is a whole number.")
+    return value
+
+
+def _truth(fields: Mapping[str, object], key: str) -> bool | None:
+    value = fields.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise RecipeError(f"{key}={value!r} is not possible: {key} is true or false.")
+    return value

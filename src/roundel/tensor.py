@@ -1,0 +1,131 @@
+"""What the numbers of a quantized weight mean: TensorSpec (a tensor's name, dtype and shape) and QuantizedTensor.
+
+dtypes are spelled as safetensors spells them ("BF16", "I32", "F8_E4M3"), so that a plan needs no torch; `torch_dtype`
+gives torch's. Importing this file does not import torch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from roundel.errors import GridError
+from roundel.scheme import Grid
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = ["FLOAT_DTYPES", "ITEMSIZE", "QuantizedTensor", "TensorSpec", "plain", "spread", "torch_dtype"]
+
+ITEMSIZE = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+FLOAT_DTYPES = frozenset({"BF16", "F16", "F32", "F64"})
+_TORCH_NAMES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32",
+    "I64": "int64", "U64": "uint64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor before it exists: its name in the file, its safetensors dtype, its shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEMSIZE[self.dtype]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype of a safetensors dtype name."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, _TORCH_NAMES[name])
+    return dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedTensor:
+    """A weight matrix on a grid:  weight ≈ (codes - zero) * scale + offset.
+
+    codes   [out, in]      values of the grid's element, one per weight, never packed: int8 for signed and uint8 for
+                           unsigned integers, uint8 table indices for e2m1 and nf4, float8_e4m3fn for e4m3
+    scale   [out/r, in/c]  one per block of r x c weights (rounded up); itself a QuantizedTensor where scales are
+                           quantized too (NVFP4, double quantization)
+    zero    like scale     the code that means 0.0; None when the grid is symmetric
+    offset  like scale     float added after scaling (MLX bias, GGUF min); never with `zero`
+
+    Raises GridError when shapes, ranges or symmetry disagree with `grid`.
+    """
+
+    grid: Grid
+    codes: Tensor
+    scale: Tensor | QuantizedTensor
+    zero: Tensor | None = None
+    offset: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in]"""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def decode(self) -> Tensor:
+        """The float32 weights, [out, in]."""
+        weights = code_values(self.codes, self.grid)
+        if self.zero is not None:
+            weights = weights - spread(self.zero.float(), self)
+        weights = weights * spread(plain(self.scale), self)
+        return weights if self.offset is None else weights + spread(self.offset.float(), self)
+
+
+def code_values(codes: Tensor, grid: Grid) -> Tensor:
+    """What each code means before scaling, float32, same shape."""
+    if grid.element.values is None:
+        return codes.float()
+    import torch
+
+    return torch.tensor(grid.element.values, dtype=torch.float32, device=codes.device)[codes.long()]
+
+
+def plain(scale: Tensor | QuantizedTensor) -> Tensor:
+    """Scales as float32, whether they are stored as floats or quantized themselves."""
+    return scale.decode() if isinstance(scale, QuantizedTensor) else scale.float()
+
+
+def spread(per_block: Tensor, like: QuantizedTensor) -> Tensor:
+    """One value per block [out/r, in/c] -> one value per weight [out, in]; a last block may be cut short."""
+    rows, columns = like.grid.block_of(like.shape)
+    if rows != 1:
+        per_block = per_block.repeat_interleave(rows, dim=0)[: like.shape[0]]
+    return per_block.repeat_interleave(columns, dim=1)[:, : like.shape[1]]
+
+
+def _check(q: QuantizedTensor) -> None:
+    if q.codes.ndim != 2:
+        raise GridError(f"codes have {q.codes.ndim} axes, a matrix has 2")
+    blocks = q.grid.blocks(q.shape)
+    for name, value in (("scale", q.scale), ("zero", q.zero), ("offset", q.offset)):
+        if value is not None and tuple(value.shape) != blocks:
+            raise GridError(f"{name} is {list(value.shape)}, a matrix {list(q.shape)} has {list(blocks)} blocks")
+    if (q.zero is None) != q.grid.symmetric and q.offset is None:
+        raise GridError(f"a {'symmetric' if q.grid.symmetric else 'asymmetric'} grid and zero={q.zero is not None}")
+    if q.zero is not None and q.offset is not None:
+        raise GridError("zero and offset exclude each other")
+    if isinstance(q.scale, QuantizedTensor) != isinstance(q.grid.scale, Grid):
+        raise GridError("a quantized scale goes with a grid of scales, and only with it")
+    element = q.grid.element
+    if element.is_integer and q.codes.numel():
+        low, high = (int(v) for v in q.codes.aminmax())
+        if low < element.lo or high > element.hi:
+            raise GridError(f"codes reach {low}..{high}, {element.name} ends at {element.lo}..{element.hi}")

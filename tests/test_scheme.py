@@ -1,0 +1,79 @@
+"""Schemes: presets as auto-round spells them, foreign spellings, and wishes that make no sense."""
+
+from __future__ import annotations
+
+import pytest
+
+from roundel.errors import RecipeError
+from roundel.scheme import ELEMENTS, MIXES, PRESETS, Grid, Scheme, integer_scheme
+
+
+@pytest.mark.parametrize("name", ["W2A16", "W3A16", "W4A16", "W8A16", "W2A16G32", "W2A16G64"])
+def test_integer_presets(name: str) -> None:
+    scheme = Scheme.parse(name)
+    assert scheme.bits == int(name[1])
+    assert scheme.group_size == (int(name.partition("G")[2]) if "G" in name else 128)
+    assert scheme.weight.symmetric
+    assert scheme.input is None
+
+
+def test_mx_presets_round_weights_by_floor_and_inputs_as_named() -> None:
+    assert PRESETS["MXFP4_RCEIL"].weight == PRESETS["MXFP4"].weight
+    assert PRESETS["MXFP4_RCEIL"].input.exponent == "rceil"  # type: ignore[union-attr]
+    assert PRESETS["MXFP4_RCEIL"] != PRESETS["MXFP4"]
+
+
+@pytest.mark.parametrize(
+    ("text", "bits", "group", "sym"),
+    [("w4a16", 4, 128, True), ("W3A16G64_ASYM", 3, 64, False), ("int4", 4, 128, True), ("W4A16G-1", 4, -1, True), ("W4A16_ASYM", 4, 128, False)],
+)  # fmt: skip
+def test_spellings(text: str, bits: int, group: int, sym: bool) -> None:
+    scheme = Scheme.parse(text)
+    assert (scheme.bits, scheme.group_size, scheme.weight.symmetric) == (bits, group, sym)
+    assert Scheme.parse(scheme.name) == scheme
+
+
+def test_altered_replaces_only_what_is_named() -> None:
+    assert Scheme.parse("W4A16").altered(bits=3) == Scheme.parse("W3A16")
+    assert Scheme.parse("W4A16G64").altered(sym=False) == Scheme.parse("W4A16G64_ASYM")
+    assert Scheme.parse("MXFP4").altered(bits=4) is PRESETS["MXFP4"]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Scheme.parse("W4B16"), ["W4B16", "W4A16"]),
+        (lambda: Scheme.parse("W9A16"), ["9", "2 to 8"]),
+        (lambda: Scheme.parse("W4A16_MIXED"), ["mix"]),
+        (lambda: integer_scheme(4, 0), ["group_size=0", "-1"]),
+        (lambda: integer_scheme(4, -2), ["group_size=-2"]),
+        (lambda: Scheme.parse("MXFP4").altered(group_size=64), ["MXFP4", "fixed"]),
+        (lambda: Scheme.parse({"bitz": 4}), ["bitz", "bits"]),
+        (lambda: Scheme.parse({"bits": "4"}), ["bits", "whole number"]),
+        (lambda: Scheme.parse({"bits": True}), ["bits", "whole number"]),
+        (lambda: Scheme.parse({"sym": 1}), ["sym", "true or false"]),
+    ],
+)
+def test_refusals_name_the_value_and_the_allowed(make, words: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        make()
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_blocks_and_bits() -> None:
+    grid = Scheme.parse("W4A16").weight
+    assert grid.blocks((10, 300)) == (10, 3)
+    assert grid.bits_per_weight((128, 1024)) == 4 + 16 / 128
+    assert Scheme.parse("W4A16_ASYM").weight.bits_per_weight((128, 1024)) == 4 + 20 / 128
+    assert Grid(element=ELEMENTS["e4m3"], block=(128, 128), scale="F32").blocks((130, 256)) == (2, 2)
+    nested = Grid(
+        element=ELEMENTS["e2m1"], block=(1, 16), scale=Grid(element=ELEMENTS["e4m3"], block=(0, 0), scale="F32")
+    )
+    assert nested.bits_per_weight((64, 64)) == 4 + 8 / 16 + 32 / 4096
+
+
+def test_mixes_name_presets() -> None:
+    for mix in MIXES.values():
+        assert mix.experts in PRESETS
+        assert mix.others in PRESETS
