@@ -1,0 +1,106 @@
+"""Packing codes into 32-bit words in numba. Bit-equal to `ops.bits` after the transposition each order asks for.
+
+Eight codes of n bits become 8 n bits by three halving steps on a 64-bit register; four such octets make n whole words.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+__all__ = ["pack_awq_columns", "pack_columns", "pack_nibbles"]
+
+_jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
+_TILE = 16  # rows whose words fill one cache line of the transposed output
+
+
+@_jit
+def _squeeze(octet, bits):  # type: ignore[no-untyped-def]
+    """Eight codes in eight bytes -> 8 * bits bits."""
+    b = np.uint64(bits)
+    low = (np.uint64(1) << b) - np.uint64(1)
+    pair = np.uint64(0x0001000100010001) * low
+    octet = (octet & pair) | ((octet >> np.uint64(8)) & pair) << b
+    b2 = b + b
+    low = (np.uint64(1) << b2) - np.uint64(1)
+    pair = np.uint64(0x0000000100000001) * low
+    octet = (octet & pair) | ((octet >> np.uint64(16)) & pair) << b2
+    b4 = b2 + b2
+    low = np.uint64(0xFFFFFFFF) if b4 == np.uint64(32) else (np.uint64(1) << b4) - np.uint64(1)
+    return (octet & low) | ((octet >> np.uint64(32)) & low) << b4
+
+
+@_jit
+def pack_columns(octets, bits, words, first):  # type: ignore[no-untyped-def]
+    """Rows of codes -> columns of words: words[k, first + row] holds the row's k-th word (GPTQ's order).
+
+    octets   [rows, in / 8] uint64: eight unsigned codes a byte each; in divisible by 32
+    words    [in * bits / 32, all rows] uint32, filled at columns first .. first + rows
+    """
+    rows, count = octets.shape
+    for tile in range(0, rows, _TILE):
+        stop = min(tile + _TILE, rows)
+        if bits == 4:
+            for row in range(tile, stop):
+                for k in range(count):
+                    words[k, first + row] = np.uint32(_squeeze(octets[row, k], 4))
+        elif bits == 8:
+            for row in range(tile, stop):
+                for k in range(count):
+                    words[2 * k, first + row] = np.uint32(octets[row, k])
+                    words[2 * k + 1, first + row] = np.uint32(octets[row, k] >> np.uint64(32))
+        else:
+            for row in range(tile, stop):
+                for k in range(0, count, 4):
+                    held = np.uint64(0)  # bits not yet written, lowest first
+                    filled = 0
+                    at = k // 4 * bits
+                    for j in range(4):
+                        octet = _squeeze(octets[row, k + j], bits)
+                        held |= octet << np.uint64(filled)
+                        taken = min(64 - filled, 8 * bits)
+                        filled += taken
+                        while filled >= 32:
+                            words[at, first + row] = np.uint32(held & np.uint64(0xFFFFFFFF))
+                            at += 1
+                            held >>= np.uint64(32)
+                            filled -= 32
+                        if taken < 8 * bits:
+                            held |= (octet >> np.uint64(taken)) << np.uint64(filled)
+                            filled += 8 * bits - taken
+
+
+@_jit
+def pack_awq_columns(codes, words, first):  # type: ignore[no-untyped-def]
+    """Rows of 4-bit codes -> words[column, (first + row) / 8], eight rows a word in AWQ's interleaved order.
+
+    codes    [rows, in] uint8, rows divisible by 8
+    words    [in, all rows / 8] uint32
+    """
+    rows, width = codes.shape
+    for tile in range(0, rows, 8 * _TILE):
+        stop = min(tile + 8 * _TILE, rows)
+        for left in range(0, width, 64):
+            right = min(left + 64, width)
+            for row in range(tile, stop, 8):
+                at = (first + row) // 8
+                for column in range(left, right):
+                    words[column, at] = (
+                        np.uint32(codes[row, column])
+                        | np.uint32(codes[row + 2, column]) << np.uint32(4)
+                        | np.uint32(codes[row + 4, column]) << np.uint32(8)
+                        | np.uint32(codes[row + 6, column]) << np.uint32(12)
+                        | np.uint32(codes[row + 1, column]) << np.uint32(16)
+                        | np.uint32(codes[row + 3, column]) << np.uint32(20)
+                        | np.uint32(codes[row + 5, column]) << np.uint32(24)
+                        | np.uint32(codes[row + 7, column]) << np.uint32(28)
+                    )
+
+
+@_jit
+def pack_nibbles(codes, packed):  # type: ignore[no-untyped-def]
+    """[rows, in] 4-bit codes -> [rows, in / 2] bytes, the even column in the low nibble (MXFP4, NVFP4)."""
+    rows, half = packed.shape
+    for row in range(rows):
+        for i in range(half):
+            packed[row, i] = codes[row, 2 * i] | (codes[row, 2 * i + 1] << np.uint8(4))

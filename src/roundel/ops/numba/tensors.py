@@ -1,0 +1,59 @@
+"""The kernels for torch tensors: `ops.encode` on CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from roundel.ops.numba.rounding import BF16, F16, F32, mx_parameters, round_integer, round_mx
+from roundel.scheme import Grid
+from roundel.tensor import QuantizedTensor
+
+__all__ = ["encode_tensor"]
+
+_KINDS = {torch.bfloat16: BF16, torch.float16: F16, torch.float32: F32}
+
+
+def encode_tensor(weight: Tensor, grid: Grid) -> QuantizedTensor | None:
+    """`ops.encode` by kernel; None where no kernel fits (another grid, or weights that are not finite)."""
+    if grid.block[0] != 1 or weight.numel() == 0 or not (grid.element.is_integer or grid.scale == "E8M0"):
+        return None
+    kind = _KINDS[weight.dtype]
+    stored = weight.detach().contiguous().view(torch.int32 if kind == F32 else torch.int16).numpy()
+    stored = stored.view(np.uint32 if kind == F32 else np.uint16)
+    if grid.element.is_integer:
+        return _encode_integer(stored, kind, grid)
+    if weight.shape[1] % 32 or grid.exponent != "floor":
+        return None
+    return _encode_mx(stored, kind, grid)
+
+
+def _encode_integer(stored: np.ndarray, kind: int, grid: Grid) -> QuantizedTensor | None:
+    shape = (stored.shape[0], stored.shape[1])
+    columns, blocks = grid.block_of(shape)[1], grid.blocks(shape)
+    codes, scales = np.empty(shape, np.uint8), np.empty(blocks, np.uint16)
+    zeros, bits = np.empty(blocks, np.uint8), grid.element.bits
+    bad = round_integer(
+        stored, kind, bits, columns, grid.symmetric, grid.lowest_zero, codes, scales, zeros, np.zeros(2)
+    )
+    if bad >= 0:
+        return None
+    scale = torch.from_numpy(scales.view(np.float16))
+    if grid.symmetric:
+        signed = torch.from_numpy((codes - np.uint8(1 << (bits - 1))).view(np.int8))
+        return QuantizedTensor(grid=grid, codes=signed, scale=scale)
+    return QuantizedTensor(grid=grid, codes=torch.from_numpy(codes), scale=scale, zero=torch.from_numpy(zeros))
+
+
+def _encode_mx(stored: np.ndarray, kind: int, grid: Grid) -> QuantizedTensor | None:
+    shape = (stored.shape[0], stored.shape[1])
+    codes, exponents = np.empty(shape, np.uint8), np.empty(grid.blocks(shape), np.uint8)
+    if round_mx(stored, kind, *mx_parameters(grid.element.name, grid.element.hi), codes, exponents, np.zeros(2)) >= 0:
+        return None
+    found = torch.from_numpy(codes)
+    return QuantizedTensor(
+        grid=grid,
+        codes=found if grid.element.name == "e2m1" else found.view(torch.float8_e4m3fn),
+        scale=torch.from_numpy(exponents).view(torch.float8_e8m0fnu),
+    )
