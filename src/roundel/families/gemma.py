@@ -1,0 +1,11 @@
+"""Gemma 1: laid out like Llama, head tied to the embedding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from roundel.families import llama
+
+__all__ = ["FAMILY"]
+
+FAMILY = replace(llama.FAMILY, name="Gemma")

@@ -1,0 +1,11 @@
+"""The text model of Ministral 3: laid out like Llama."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from roundel.families import llama
+
+__all__ = ["FAMILY"]
+
+FAMILY = replace(llama.FAMILY, name="Ministral 3")
