@@ -1,0 +1,92 @@
+"""What is done, for which plan: a file of JSON lines beside the output while it is unfinished.
+
+Line 1 names the plan; each further line is one finished piece of work, written only after its bytes are safe. A last
+line that a crash cut short is ignored: that work is done again, to the same offsets.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from roundel.errors import OutputError, PlanChanged
+
+__all__ = ["JOURNAL", "Journal", "read_journal"]
+
+JOURNAL = "journal.jsonl"
+
+
+def read_journal(folder: Path) -> tuple[dict[str, object], list[dict[str, object]]] | None:
+    """(the plan's identity, finished rows) of an unfinished output; None when there is no journal worth continuing."""
+    path = folder / JOURNAL
+    if not path.is_file():
+        return None
+    rows: list[dict[str, object]] = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
+    return (rows[0], rows[1:]) if rows else None
+
+
+class Journal:
+    """Open for adding. `finished` holds the rows of work that is already safe, by name.
+
+    Raises PlanChanged when the folder holds an unfinished run of another plan.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, object]) -> None:
+        found = read_journal(folder)
+        self.finished: dict[str, dict[str, object]] = {}
+        if found is not None:
+            begun, rows = found
+            differing = {
+                k: (begun.get(k), identity.get(k)) for k in {**begun, **identity} if begun.get(k) != identity.get(k)
+            }
+            if differing:
+                raise PlanChanged(str(folder), differing)
+            self.finished = {str(row["name"]): row for row in rows}
+        self.path = folder / JOURNAL
+        try:
+            whole = [dict(identity), *self.finished.values()]
+            self._rewrite("".join(json.dumps(row) + "\n" for row in whole))
+            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        except OSError as error:
+            raise OutputError(
+                f"{self.path} cannot be written: {error.strerror}. Choose another output folder."
+            ) from error
+
+    def commit(self, rows: Iterable[Mapping[str, object]]) -> None:
+        """Add finished work. Call only after its bytes are flushed."""
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        try:
+            os.write(self._file, text.encode())
+            os.fsync(self._file)
+        except OSError as error:
+            raise OutputError(
+                f"{self.path} cannot be written: {error.strerror}. Free the disk and repeat the same command to "
+                f"continue."
+            ) from error
+        for line in text.splitlines():
+            row = json.loads(line)
+            self.finished[str(row["name"])] = row
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def _rewrite(self, text: str) -> None:
+        """Replace the file whole, so that a torn last line is gone before anything follows it."""
+        fresh = self.path.with_suffix(".new")
+        with fresh.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(self.path)
