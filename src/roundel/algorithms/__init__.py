@@ -1,0 +1,18 @@
+"""Weights -> codes; one file for each algorithm."""
+
+from __future__ import annotations
+
+from roundel.algorithms.algorithm import Algorithm
+from roundel.algorithms.rtn import Rtn
+from roundel.errors import RecipeError, nearest
+
+__all__ = ["ALGORITHMS", "Algorithm", "Rtn", "algorithm_named"]
+
+ALGORITHMS: dict[str, Algorithm] = {a.name: a for a in (Rtn(),)}
+
+
+def algorithm_named(name: str) -> Algorithm:
+    """An algorithm with its default hyperparameters. Raises RecipeError with the nearest known name."""
+    if name not in ALGORITHMS:
+        raise RecipeError(f"Unknown algorithm {name!r}.{nearest(name, ALGORITHMS)} Known are {', '.join(ALGORITHMS)}.")
+    return ALGORITHMS[name]

@@ -1,0 +1,35 @@
+"""Round to nearest: each weight takes the nearest code of a grid fitted to its block's range. No data, no search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from roundel.tensor import QuantizedTensor
+from roundel.unit import Layer, Unit
+
+__all__ = ["Rtn"]
+
+
+@dataclass(frozen=True)
+class Rtn:
+    """Plain rounding, half to even, in float32."""
+
+    name: ClassVar[str] = "rtn"
+    summary: ClassVar[str] = "round to nearest; no data, seconds"
+    paper: ClassVar[str] = "the baseline of every paper; arithmetic as in roundel.ops.fit"
+
+    @property
+    def reads_activations(self) -> bool:
+        return False
+
+    def refuse(self, layer: Layer) -> str | None:
+        grid = layer.scheme.weight
+        if grid.block[0] != 1 or not (grid.element.is_integer or grid.scale == "E8M0"):
+            return f"rtn rounds to integers and MX floats, not to {layer.scheme.name}"
+        return None
+
+    def quantize(self, unit: Unit) -> dict[str, QuantizedTensor]:
+        from roundel.ops.encode import encode
+
+        return {layer.name: encode(unit.weights[layer.name], layer.scheme.weight) for layer in unit.layers}

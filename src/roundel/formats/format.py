@@ -1,0 +1,132 @@
+"""What a format is: a way to lay quantized layers out in a file. Pure functions of values: no files, no modules.
+
+A stored layer is a handful of tensors called *parts*: the tensor `NAME.PART` for a layer NAME ("qweight", "scales").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from roundel.errors import GridError
+from roundel.scheme import Scheme
+from roundel.tensor import QuantizedTensor, TensorSpec
+from roundel.unit import Layer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Contents", "Found", "Format", "WordLayout", "matching_override"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a whole checkpoint will hold: what a format needs to know to write its config.
+
+    layers    every quantized layer
+    kept      module names of the matrices that stay in full precision
+    default   the scheme most layers share
+    blocks    module paths that hold the decoder blocks ("model.layers")
+    head      module name of the output head
+    embedding module name of the token embedding
+    """
+
+    layers: Sequence[Layer]
+    kept: Sequence[str]
+    default: Scheme
+    blocks: Sequence[str] = ("model.layers",)
+    head: str = "lm_head"
+    embedding: str = "model.embed_tokens"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A layer recognized among stored tensors: its shape, its grid, and which parts belong to it."""
+
+    shape: tuple[int, int]
+    scheme: Scheme
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordLayout:
+    """How integer codes lie in 32-bit words, for formats that share GPTQ's three tensors.
+
+    order         "gptq": words along in; "awq": eight columns of out a word, interleaved
+    zero_offset   what is subtracted from a zero point before it is stored: 1 for GPTQ v1, else 0
+    group_index   whether `g_idx` is written
+    """
+
+    order: str
+    zero_offset: int = 0
+    group_index: bool = False
+
+
+class Format(Protocol):
+    """A way to lay quantized layers out, and to read them back. Bodies given here are what most formats need."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    writes: ClassVar[bool] = True
+
+    def refuse(self, layer: Layer) -> str | None:
+        """Why this layer cannot be stored, or None. Asked at plan time, and for the support matrix."""
+        return f"{self.name} is only read"
+
+    def settle(self, layers: Sequence[Layer]) -> Format:
+        """The variant that fits all these layers together. Raises PlanError when none does."""
+        return self
+
+    def grid_of(self, scheme: Scheme) -> Scheme:
+        """The scheme with the limits of this format's readers written into its grid."""
+        return scheme
+
+    def outputs(self, layer: Layer) -> tuple[TensorSpec, ...]:
+        """Parts, shapes and dtypes that `pack` will return; names are part names. Exact: file offsets follow."""
+        raise GridError(f"{self.name} is only read")
+
+    def pack(self, layer: Layer, weight: QuantizedTensor) -> dict[str, Tensor]:
+        """Part name -> tensor. The format's conventions (order of bits, stored zero - 1) live here."""
+        raise GridError(f"{self.name} is only read")
+
+    def unpack(self, layer: Layer, stored: Mapping[str, Tensor]) -> QuantizedTensor:
+        """Inverse of `pack`, bit for bit. `layer.stored.scheme` says on which grid."""
+        ...
+
+    def decode(self, weight: QuantizedTensor) -> Tensor:
+        """The float weights that readers of this format compute, [out, in]."""
+        return weight.decode()
+
+    def config(self, contents: Contents) -> dict[str, object]:
+        """The `quantization_config` a loader must find in config.json."""
+        raise GridError(f"{self.name} is only read")
+
+    def recognize(self, quantization: Mapping[str, object]) -> Format | None:
+        """A reader for a checkpoint with this `quantization_config`, or None when it is another format's."""
+        ...
+
+    def find(self, module: str, parts: Mapping[str, TensorSpec]) -> Found | None:
+        """Whether these tensors are one layer of this format. Raises SourceError when one of them is missing."""
+        ...
+
+    def words(self, layer: Layer) -> WordLayout | None:
+        """The word layout, where the format stores this layer in one; None otherwise."""
+        return None
+
+
+def matching_override(module: str, overrides: Mapping[str, object]) -> Mapping[str, object]:
+    """The entry for a module among per-layer settings: its exact name, else the first pattern that is found in it."""
+    import re
+
+    exact = overrides.get(module)
+    if isinstance(exact, Mapping):
+        return exact
+    for pattern, value in overrides.items():
+        if isinstance(value, Mapping):
+            try:
+                if re.search(pattern.removeprefix("+:"), module):
+                    return value
+            except re.error:
+                continue  # a name with special characters, which did not match exactly
+    return {}

@@ -1,0 +1,112 @@
+"""auto_gptq: GPTQ checkpoints (version 1), as GPTQModel, transformers and vLLM read them.
+
+Version 1 stores each zero point minus one. A zero point of 0 would be stored as the largest code, and readers that
+add one to whole words then carry into the neighbouring field; so asymmetric grids for this format never use 0
+(`lowest_zero`). g_idx is always written: readers exist that index uninitialised memory without it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from roundel.formats.format import Contents, Format, Found, WordLayout, matching_override
+from roundel.formats.words import find_words, pack_words, refuse_words, unpack_words, word_outputs
+from roundel.scheme import Scheme
+from roundel.tensor import QuantizedTensor, TensorSpec
+from roundel.unit import Layer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["AutoGptq"]
+
+
+VERSION_1 = WordLayout(order="gptq", zero_offset=1, group_index=True)
+
+
+@dataclass(frozen=True)
+class AutoGptq(Format):
+    """GPTQ version 1; reads version 2 too."""
+
+    name: ClassVar[str] = "auto_gptq"
+    summary: ClassVar[str] = "GPTQ v1, desc_act off: GPTQModel, transformers, vLLM"
+    layout: WordLayout = VERSION_1
+    quantization: Mapping[str, object] = field(default_factory=dict)
+
+    def refuse(self, layer: Layer) -> str | None:
+        return refuse_words(layer, self.name, (2, 3, 4, 8), "gptq")
+
+    def grid_of(self, scheme: Scheme) -> Scheme:
+        if not scheme.is_integer or scheme.weight.symmetric:
+            return scheme
+        return replace(scheme, weight=replace(scheme.weight, lowest_zero=1))
+
+    def words(self, layer: Layer) -> WordLayout | None:
+        return self.layout
+
+    def outputs(self, layer: Layer) -> tuple[TensorSpec, ...]:
+        return word_outputs(layer, self.layout)
+
+    def pack(self, layer: Layer, weight: QuantizedTensor) -> dict[str, Tensor]:
+        return pack_words(weight, self.layout)
+
+    def unpack(self, layer: Layer, stored: Mapping[str, Tensor]) -> QuantizedTensor:
+        return unpack_words(layer, stored, self.layout)
+
+    def config(self, contents: Contents) -> dict[str, object]:
+        default = contents.default
+        dynamic: dict[str, object] = {}
+        for module in contents.kept:
+            if module.startswith(tuple(b + "." for b in contents.blocks)):
+                dynamic[f"-:^{re.escape(module)}$"] = {}
+        for layer in contents.layers:
+            if layer.scheme != default or layer.role == "head":
+                s = layer.scheme
+                dynamic[f"+:^{re.escape(layer.name)}$"] = {
+                    "bits": s.bits,
+                    "group_size": s.group_size,
+                    "sym": s.weight.symmetric,
+                }
+        found: dict[str, object] = {
+            "bits": default.bits,
+            "checkpoint_format": "gptq",
+            "damp_percent": 0.01,
+            "data_type": "int",
+            "desc_act": False,
+            "group_size": default.group_size,
+            "lm_head": any(layer.role == "head" for layer in contents.layers),
+            "meta": {"quantizer": ["roundel"]},
+            "provider": "roundel",
+            "quant_method": "gptq",
+            "static_groups": False,
+            "sym": default.weight.symmetric,
+            "true_sequential": False,
+        }
+        if dynamic:
+            found["dynamic"] = dynamic
+        inside = _modules_inside(contents)
+        if inside is not None:
+            found["modules_in_block_to_quantize"] = inside
+        return found
+
+    def recognize(self, quantization: Mapping[str, object]) -> Format | None:
+        if quantization.get("quant_method") not in ("gptq", "gptqmodel"):
+            return None
+        version_2 = quantization.get("checkpoint_format") == "gptq_v2"
+        return AutoGptq(layout=replace(self.layout, zero_offset=0 if version_2 else 1), quantization=quantization)
+
+    def find(self, module: str, parts: Mapping[str, TensorSpec]) -> Found | None:
+        dynamic = self.quantization.get("dynamic")
+        here = {**self.quantization, **matching_override(module, dynamic if isinstance(dynamic, Mapping) else {})}
+        return find_words(module, parts, self.layout, here, bool(here.get("sym", True)))
+
+
+def _modules_inside(contents: Contents) -> list[list[str]] | None:
+    """Names within a block that are quantized, for readers that take that list; None where every linear is."""
+    inside = re.compile(rf"(?:{'|'.join(map(re.escape, contents.blocks))})\.\d+\.(.+)")
+    names = {m[1]: None for layer in contents.layers if (m := inside.fullmatch(layer.name))}
+    kept = [m[1] for module in contents.kept if (m := inside.fullmatch(module))]
+    return [[name] for name in names] if kept else None

@@ -1,0 +1,199 @@
+"""GPTQ's three tensors (qweight, qzeros, scales), in GPTQ's order of words or AWQ's: packing and reading.
+
+    GPTQ   qweight int32 [in * bits / 32, out]: the little-endian stream of each column's codes, along in
+           qzeros  int32 [groups, out * bits / 32]: the same stream along out
+    AWQ    qweight int32 [in, out / 8], qzeros int32 [groups, out / 8]: eight columns a word, interleaved
+    both   scales float16 [groups, out];  weight = (code - zero) * scale
+Codes are unsigned; a symmetric grid stores code + 2^(bits-1), with that as its zero point. A last group may be short.
+Inputs times bits fill whole words; where outputs times bits do not, zeros follow in qzeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from roundel.errors import SourceError
+from roundel.formats.format import Found, WordLayout
+from roundel.scheme import integer_scheme
+from roundel.tensor import QuantizedTensor, TensorSpec
+from roundel.unit import Layer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["find_words", "pack_words", "refuse_words", "unpack_words", "word_outputs"]
+
+BITS = {"gptq": (2, 3, 4, 5, 6, 7, 8), "awq": (4,)}
+
+
+def refuse_words(layer: Layer, name: str, bits: tuple[int, ...], order: str) -> str | None:
+    """Why a format with these widths cannot store a layer, or None."""
+    scheme = layer.scheme
+    if not scheme.is_integer or scheme.input is not None:
+        return f"{name} stores weight-only integers, {scheme.name} is none"
+    if scheme.bits not in bits:
+        allowed = f"{bits[0]}-bit only" if len(bits) == 1 else f"{', '.join(map(str, bits[:-1]))} or {bits[-1]} bits"
+        return f"{name} stores {allowed}, {scheme.name} asks for {scheme.bits}"
+    if order == "gptq" and layer.shape[1] * scheme.bits % 32:
+        return f"{name} readers take whole 32-bit words, {layer.shape[1]} inputs of {scheme.bits} bits do not fill them"
+    if order == "awq":
+        columns = scheme.weight.block_of(layer.shape)[1]
+        if layer.shape[0] % 8:
+            return f"{name} packs 8 output rows a word, {layer.shape[0]} do not divide"
+        if layer.shape[1] % columns:
+            return f"{name} needs whole groups, {layer.shape[1]} inputs are not divisible by {columns}"
+    return None
+
+
+def word_outputs(layer: Layer, layout: WordLayout) -> tuple[TensorSpec, ...]:
+    """The parts of a layer, exactly."""
+    out, width = layer.shape
+    bits, groups = layer.scheme.bits, layer.scheme.weight.blocks(layer.shape)[1]
+    if layout.order == "awq":
+        weight, zeros = (width, out // 8), (groups, out // 8)
+    else:
+        weight, zeros = (-(-width * bits // 32), out), (groups, -(-out * bits // 32))
+    specs = [
+        TensorSpec("qweight", "I32", weight),
+        TensorSpec("qzeros", "I32", zeros),
+        TensorSpec("scales", "F16", (groups, out)),
+    ]
+    if layout.group_index:
+        specs.append(TensorSpec("g_idx", "I32", (width,)))
+    return tuple(specs)
+
+
+def pack_words(weight: QuantizedTensor, layout: WordLayout) -> dict[str, Tensor]:
+    """A quantized matrix -> its parts."""
+    import torch
+
+    from roundel.ops.bits import pack_awq, pack_stream
+
+    bits, (out, width) = weight.grid.element.bits, weight.shape
+    middle = 1 << (bits - 1)
+    assert not isinstance(weight.scale, QuantizedTensor), "word formats store float scales"
+    scales = weight.scale.to(torch.float16).T.contiguous()
+    if weight.zero is None:
+        codes = (weight.codes.to(torch.int16) + middle).to(torch.uint8)
+        zeros = torch.full(scales.shape, middle, dtype=torch.uint8, device=codes.device)
+    else:
+        codes, zeros = weight.codes, weight.zero.T.contiguous()
+    zeros = ((zeros.to(torch.int16) - layout.zero_offset) & ((1 << bits) - 1)).to(torch.uint8)
+    if layout.order == "awq":
+        parts = {"qweight": pack_awq(codes.T.contiguous()), "qzeros": pack_awq(zeros)}
+    else:
+        parts = {
+            "qweight": _pack_columns(codes, bits),
+            "qzeros": pack_stream(zeros, bits),
+        }
+    parts["scales"] = scales
+    if layout.group_index:
+        parts["g_idx"] = _group_index(width, weight.grid.block_of((out, width))[1])
+    return parts
+
+
+def unpack_words(layer: Layer, stored: Mapping[str, Tensor], layout: WordLayout) -> QuantizedTensor:
+    """Parts -> the quantized matrix: the inverse of `pack_words`. Raises SourceError for an order no grid holds."""
+    import torch
+
+    from roundel.ops.bits import unpack_awq, unpack_stream
+
+    scheme = layer.stored.scheme or layer.scheme
+    bits, (out, width) = scheme.bits, layer.shape
+    if layout.order == "awq":
+        codes, zeros = unpack_awq(stored["qweight"]).T.contiguous(), unpack_awq(stored["qzeros"]).T
+    else:
+        codes = unpack_stream(stored["qweight"].T.contiguous(), bits, width)
+        zeros = unpack_stream(stored["qzeros"], bits, out).T
+    zeros = ((zeros.to(torch.int16) + layout.zero_offset) & ((1 << bits) - 1)).to(torch.uint8).contiguous()
+    scale = stored["scales"].T.contiguous()
+    columns = scheme.weight.block_of(layer.shape)[1]
+    if "g_idx" in stored and not torch.equal(stored["g_idx"].long(), _group_index(width, columns).long()):
+        raise SourceError(
+            f"{layer.name}: its g_idx orders columns by activation (desc_act), so its groups are no blocks of the "
+            f"matrix. "
+            "Quantize from the original model, or use a checkpoint made with desc_act=false or static_groups=true."
+        )
+    if not scheme.weight.symmetric:
+        return QuantizedTensor(grid=scheme.weight, codes=codes, scale=scale, zero=zeros)
+    middle = 1 << (bits - 1)
+    if not bool((zeros == middle).all()):
+        raise SourceError(
+            f"{layer.name}: the config says symmetric and a stored zero point is not {middle}. The checkpoint's "
+            f"config does "
+            "not describe its tensors; set sym to false in its quantization_config."
+        )
+    signed = (codes.to(torch.int16) - middle).to(torch.int8)
+    return QuantizedTensor(grid=scheme.weight, codes=signed, scale=scale)
+
+
+def find_words(
+    module: str, parts: Mapping[str, TensorSpec], layout: WordLayout, settings: Mapping[str, object], symmetric: bool
+) -> Found | None:
+    """A layer among stored parts. Bits and sizes follow from the shapes; the group size from the config where they
+    leave it open."""
+    if "qweight" not in parts:
+        return None
+    lost = [p for p in ("qzeros", "scales") if p not in parts]
+    if lost:
+        raise SourceError(
+            f"{module} has qweight and no {' and no '.join(lost)}. A shard or a tensor is missing; fetch the "
+            f"checkpoint again."
+        )
+    qweight, qzeros, scales = (parts[p].shape for p in ("qweight", "qzeros", "scales"))
+    if not (len(qweight) == len(qzeros) == len(scales) == 2 and qzeros[0] == scales[0] and scales[0] and scales[1]):
+        raise SourceError(
+            f"{module}: qweight {list(qweight)}, qzeros {list(qzeros)} and scales {list(scales)} do not fit together."
+        )
+    groups, out = scales
+    group_size = int(str(settings.get("group_size", settings.get("q_group_size", -1))))
+    if layout.order == "awq":
+        bits, width = 4, qweight[0]
+        fits = qweight[1] * 8 == out and qzeros[1] * 8 == out
+    else:
+        bits = _bits(settings.get("bits"), out, qzeros[1])
+        width = parts["g_idx"].shape[0] if "g_idx" in parts else qweight[0] * 32 // bits
+        fits = qweight[1] == out and qweight[0] == -(-width * bits // 32) and bits in BITS["gptq"]
+    if not fits:
+        raise SourceError(
+            f"{module}: qweight {list(qweight)}, qzeros {list(qzeros)} and scales {list(scales)} do not fit together."
+        )
+    columns = width if group_size in (-1, 0) else group_size
+    if -(-width // columns) != groups:
+        if width % groups:
+            raise SourceError(
+                f"{module}: {groups} groups for {width} inputs do not fit group_size {group_size} of the config."
+            )
+        group_size = width // groups if groups > 1 else -1
+    used = tuple(p for p in ("qweight", "qzeros", "scales", "g_idx") if p in parts)
+    return Found(shape=(out, width), scheme=integer_scheme(bits, group_size or -1, symmetric), parts=used)
+
+
+def _bits(declared: object, out: int, words: int) -> int:
+    """The width of a layer: what the config declares where its zero points fit that, else the only width they fit."""
+    fitting = [b for b in BITS["gptq"] if -(-out * b // 32) == words]
+    return declared if isinstance(declared, int) and declared in fitting else fitting[0] if len(fitting) == 1 else 1
+
+
+def _pack_columns(codes: Tensor, bits: int) -> Tensor:
+    import torch
+
+    from roundel.ops import use_kernels
+    from roundel.ops.bits import pack_stream
+
+    if use_kernels() and codes.device.type == "cpu" and codes.shape[1] % 32 == 0:
+        import numpy as np
+
+        from roundel.ops.numba.packing import pack_columns
+
+        words = np.empty((codes.shape[1] * bits // 32, codes.shape[0]), np.uint32)
+        pack_columns(codes.contiguous().numpy().view(np.uint64), bits, words, 0)
+        return torch.from_numpy(words.view(np.int32))
+    return pack_stream(codes, bits).T.contiguous()
+
+
+def _group_index(width: int, columns: int) -> Tensor:
+    import torch
+
+    return (torch.arange(width) // columns).to(torch.int32)

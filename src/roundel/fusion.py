@@ -1,0 +1,184 @@
+"""One pass from stored bytes to packed bytes: plain rounding and packing, a slab of rows at a time.
+
+Its definition is the composition it replaces, `format.pack(layer, rtn.quantize(layer))`, and it is tested bit for bit
+against it. It needs no torch and holds no float matrix: memory is the packed layer and one slab of stored rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from roundel.algorithms import Algorithm, Rtn
+from roundel.errors import NumericsError
+from roundel.formats import Format, WordLayout
+from roundel.ops import use_kernels
+from roundel.ops.orders import AWQ_ORDER
+from roundel.tensor import ITEMSIZE
+from roundel.unit import Layer
+
+__all__ = ["Errors", "fuses", "not_finite", "round_and_pack", "slab_rows"]
+
+SLAB_BYTES = 2 << 20  # of stored weights: small enough for the cache that two cores share
+ROW_STEP = 128  # rows of a slab are a multiple of it, so that packed words and cache lines are whole
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Sums over a layer's weights: of squares, and of squared rounding errors."""
+
+    signal: float
+    noise: float
+
+    @property
+    def sqnr(self) -> float:
+        """Signal to quantization noise, in decibel; infinite where nothing was lost."""
+        if self.noise == 0:
+            return math.inf
+        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+
+
+def fuses(layer: Layer, formats: Sequence[Format], algorithm: Algorithm, device: str = "cpu") -> bool:
+    """Whether a layer can go this way: stored plain and whole rows, rounded plainly, one format, on CPU."""
+    piece = layer.stored.parts.get("weight")
+    if layer.stored.format != "plain" or piece is None or piece.transposed or piece.step != 1:
+        return False
+    if len(formats) != 1 or not isinstance(algorithm, Rtn) or device != "cpu" or not use_kernels():
+        return False
+    if layer.dtype not in ("BF16", "F16", "F32"):
+        return False
+    layout = formats[0].words(layer)
+    if layout is None:
+        return layer.scheme.weight.scale == "E8M0" and layer.scheme.weight.exponent == "floor"
+    return layout.order == "awq" or layer.shape[1] % 32 == 0
+
+
+def slab_rows(layer: Layer) -> int:
+    """Rows of a slab."""
+    row_bytes = layer.shape[1] * ITEMSIZE[layer.dtype]
+    return max(ROW_STEP, SLAB_BYTES // row_bytes // ROW_STEP * ROW_STEP)
+
+
+def round_and_pack(
+    layer: Layer, format: Format, read: Callable[[int, int], np.ndarray]
+) -> tuple[dict[str, np.ndarray], Errors]:
+    """A layer's packed parts, and what rounding cost.
+
+    read   (first row, rows) -> their stored bytes, uint8
+    Raises NumericsError naming the layer and the first weight that is not finite.
+    """
+    layout = format.words(layer)
+    return _mx(layer, read) if layout is None else _words(layer, layout, read)
+
+
+def not_finite(layer: Layer, row: int, column: int, value: float) -> NumericsError:
+    """The error for a weight that cannot be rounded."""
+    what = f"is {value}" if not math.isfinite(value) else f"is {value}, beyond what a float16 scale can reach"
+    return NumericsError(
+        f"{layer.name} {list(layer.shape)}: weight [{row}, {column}] {what}. It has no nearest code. Mend the "
+        f"checkpoint, or keep "
+        f"this layer in full precision with --ignore-layers {layer.name}."
+    )
+
+
+def _stored_rows(
+    layer: Layer, read: Callable[[int, int], np.ndarray], start: int, count: int
+) -> tuple[np.ndarray, int]:
+    from roundel.ops.numba.rounding import BF16, F16, F32
+
+    kind = {"BF16": BF16, "F16": F16, "F32": F32}[layer.dtype]
+    return read(start, count).view(np.uint32 if kind == F32 else np.uint16).reshape(-1, layer.shape[1]), kind
+
+
+def _words(
+    layer: Layer, layout: WordLayout, read: Callable[[int, int], np.ndarray]
+) -> tuple[dict[str, np.ndarray], Errors]:
+    from roundel.ops.numba.packing import pack_awq_columns, pack_columns
+    from roundel.ops.numba.rounding import round_integer
+
+    grid, bits, (out, width) = layer.scheme.weight, layer.scheme.bits, layer.shape
+    group, groups = grid.block_of(layer.shape)[1], grid.blocks(layer.shape)[1]
+    rows = slab_rows(layer)
+    codes = np.empty((min(rows, out), width), np.uint8)
+    scales, zeros = np.empty((out, groups), np.uint16), np.empty((out, groups), np.uint8)
+    is_awq = layout.order == "awq"
+    words = np.empty((width, out // 8) if is_awq else (width * bits // 32, out), np.uint32)
+    sums = np.zeros(2)
+    for start in range(0, out, rows):
+        stored, kind = _stored_rows(layer, read, start, min(rows, out - start))
+        here = slice(start, start + len(stored))
+        bad = round_integer(
+            stored, kind, bits, group, grid.symmetric, grid.lowest_zero, codes, scales[here], zeros[here], sums
+        )
+        if bad >= 0:
+            raise _first_bad(layer, stored, kind, start, int(bad))
+        if is_awq:
+            pack_awq_columns(codes[: len(stored)], words, start)
+        else:
+            pack_columns(codes[: len(stored)].view(np.uint64), bits, words, start)
+    parts = {
+        "qweight": words.view(np.int32),
+        "qzeros": _zero_words(zeros, bits, layout, 1 << (bits - 1) if grid.symmetric else None),
+        "scales": np.ascontiguousarray(scales.T).view(np.float16),
+    }
+    if layout.group_index:
+        parts["g_idx"] = (np.arange(width) // group).astype(np.int32)
+    return parts, Errors(float(sums[0]), float(sums[1]))
+
+
+def _zero_words(zeros: np.ndarray, bits: int, layout: WordLayout, same: int | None) -> np.ndarray:
+    """[out, groups] zero points -> [groups, words] int32. same: the one value they all have, where they do."""
+    out, groups = zeros.shape
+    stored = zeros.T[:1] if same is not None else zeros.T
+    stored = (stored.astype(np.int16) - layout.zero_offset & (1 << bits) - 1).astype(np.uint8)
+    if layout.order == "awq":
+        stored = stored.reshape(len(stored), -1, 8)[:, :, list(AWQ_ORDER)].reshape(len(stored), -1)
+    per_word = 32 // math.gcd(bits, 32)
+    stored = np.pad(stored, ((0, 0), (0, -out % per_word)))
+    stream = np.unpackbits(stored[:, :, None], axis=-1, count=bits, bitorder="little").reshape(len(stored), -1)
+    words = np.packbits(stream, axis=-1, bitorder="little").view(np.int32)[:, : -(-out * bits // 32)]
+    return np.ascontiguousarray(np.broadcast_to(words, (groups, words.shape[1])))
+
+
+def _mx(layer: Layer, read: Callable[[int, int], np.ndarray]) -> tuple[dict[str, np.ndarray], Errors]:
+    from roundel.ops.numba.packing import pack_nibbles
+    from roundel.ops.numba.rounding import mx_parameters, round_mx
+
+    element, (out, width) = layer.scheme.weight.element, layer.shape
+    four, rows = element.name == "e2m1", slab_rows(layer)
+    weight = np.empty((out, width // 2 if four else width), np.uint8)
+    exponents, sums = np.empty((out, width // 32), np.uint8), np.zeros(2)
+    codes = np.empty((min(rows, out), width), np.uint8)
+    for start in range(0, out, rows):
+        stored, kind = _stored_rows(layer, read, start, min(rows, out - start))
+        here = slice(start, start + len(stored))
+        target = codes[: len(stored)] if four else weight[here]
+        bad = round_mx(stored, kind, *mx_parameters(element.name, element.hi), target, exponents[here], sums)
+        if bad >= 0:
+            raise _first_bad(layer, stored, kind, start, int(bad))
+        if four:
+            pack_nibbles(target, weight[here])
+    parts = {"weight_packed" if four else "weight": weight, "weight_scale": exponents}
+    return parts, Errors(float(sums[0]), float(sums[1]))
+
+
+def _first_bad(layer: Layer, stored: np.ndarray, kind: int, start: int, flat: int) -> NumericsError:
+    """The error for the first weight that is not finite, or else the largest, of the block a kernel stopped at."""
+    from roundel.ops.numba.rounding import F16, F32
+
+    row, column = divmod(flat, layer.shape[1])
+    block = stored[row, column : column + layer.scheme.weight.block_of(layer.shape)[1]]
+    if kind == F32:
+        values = block.view(np.float32)
+    else:
+        values = (
+            block.view(np.float16).astype(np.float32)
+            if kind == F16
+            else (block.astype(np.uint32) << 16).view(np.float32)
+        )
+    bad = np.flatnonzero(~np.isfinite(values))
+    at = int(bad[0]) if len(bad) else int(np.abs(values).argmax())
+    return not_finite(layer, start + row, column + at, float(values[at]))

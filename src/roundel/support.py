@@ -1,0 +1,35 @@
+"""The format x scheme support matrix, asked from the formats themselves: printed, never kept by hand."""
+
+from __future__ import annotations
+
+from roundel.algorithms import ALGORITHMS
+from roundel.formats import FORMATS
+from roundel.scheme import PRESETS, Scheme, integer_scheme
+from roundel.unit import Layer, Stored
+
+__all__ = ["nominal_layer", "shown_schemes", "support_rows"]
+
+
+def nominal_layer(scheme: Scheme) -> Layer:
+    """A layer of ordinary shape, for asking what a format can store."""
+    return Layer(name="layer", shape=(4096, 4096), dtype="BF16", scheme=scheme, stored=Stored())
+
+
+def shown_schemes() -> dict[str, Scheme]:
+    """Every preset, and the asymmetric variants of the common integer ones."""
+    asymmetric = [integer_scheme(bits, 128, False) for bits in (2, 3, 4, 8)]
+    return {**PRESETS, **{s.name: s for s in asymmetric}}
+
+
+def support_rows() -> list[tuple[str, dict[str, str | None]]]:
+    """(scheme, {format: why not, or None where it is stored}) for every scheme and written format."""
+    algorithm = ALGORITHMS["rtn"]
+    rows = []
+    for name, scheme in shown_schemes().items():
+        cells: dict[str, str | None] = {}
+        for format in FORMATS.values():
+            if format.writes:
+                layer = nominal_layer(format.grid_of(scheme))
+                cells[format.name] = format.refuse(layer) or algorithm.refuse(layer)
+        rows.append((name, cells))
+    return rows

@@ -1,0 +1,200 @@
+"""Every format over every grid it does not refuse: exact outputs, `unpack` inverse of `pack`, fusion equal to both."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from roundel.algorithms import Rtn
+from roundel.errors import PlanError, RecipeError, SourceError
+from roundel.formats import FORMATS, Contents, Format, format_named, reader_of
+from roundel.fusion import fuses, round_and_pack
+from roundel.scheme import PRESETS, Scheme
+from roundel.support import nominal_layer, shown_schemes, support_rows
+from roundel.tensor import TensorSpec, torch_dtype
+from roundel.unit import Layer, Piece, Stored, Unit
+
+SCHEMES = {**shown_schemes(), "W4A16G-1": Scheme.parse("W4A16G-1"), "W3A16G96_ASYM": Scheme.parse("W3A16G96_ASYM")}
+SHAPES = ((64, 128), (24, 224), (40, 96))
+WRITTEN = {name: f for name, f in FORMATS.items() if f.writes}
+
+
+def layer_of(scheme: Scheme, shape: tuple[int, int], dtype: str = "BF16") -> Layer:
+    return Layer(
+        name="a.b", shape=shape, dtype=dtype, scheme=scheme, stored=Stored(parts={"weight": Piece(tensor="a.b.weight")})
+    )
+
+
+def cells() -> list[tuple[str, str]]:
+    return [
+        (f, s)
+        for f, form in WRITTEN.items()
+        for s, scheme in SCHEMES.items()
+        if form.refuse(nominal_layer(form.grid_of(scheme))) is None
+    ]
+
+
+def settled(format: Format, scheme: Scheme, shape: tuple[int, int], dtype: str = "BF16") -> tuple[Format, Layer] | None:
+    layer = layer_of(format.grid_of(scheme), shape, dtype)
+    return None if format.refuse(layer) else (format.settle([layer]), layer)
+
+
+@pytest.mark.parametrize(("format_name", "scheme_name"), cells())
+def test_pack_and_back(format_name: str, scheme_name: str) -> None:
+    tried = 0
+    for shape in SHAPES:
+        found = settled(WRITTEN[format_name], SCHEMES[scheme_name], shape)
+        if found is None:
+            continue
+        format, layer = found
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.02
+        quantized = Rtn().quantize(Unit(layers=(layer,), weights={layer.name: weight}))[layer.name]
+        parts = format.pack(layer, quantized)
+        outputs = {s.name: s for s in format.outputs(layer)}
+        assert list(outputs) == list(parts)
+        for name, tensor in parts.items():
+            assert tuple(tensor.shape) == outputs[name].shape
+            assert tensor.dtype == torch_dtype(outputs[name].dtype)
+        back = format.unpack(layer, parts)
+        assert torch.equal(back.codes.view(torch.uint8), quantized.codes.view(torch.uint8))
+        assert torch.equal(back.scale.view(torch.uint8), quantized.scale.view(torch.uint8))  # type: ignore[union-attr]
+        assert (back.zero is None) == (quantized.zero is None)
+        if back.zero is not None and quantized.zero is not None:
+            assert torch.equal(back.zero, quantized.zero)
+        tried += 1
+    assert tried
+
+
+@pytest.mark.parametrize(("format_name", "scheme_name"), cells())
+def test_found_again_from_its_own_tensors(format_name: str, scheme_name: str) -> None:
+    """What a format writes, and its config, are enough to find the layer and its grid again."""
+    for shape in SHAPES:
+        found = settled(WRITTEN[format_name], SCHEMES[scheme_name], shape)
+        if found is None:
+            continue
+        format, layer = found
+        config = format.config(Contents(layers=[layer], kept=["lm_head"], default=layer.scheme))
+        reader = reader_of({"quantization_config": config})
+        assert reader is not None
+        assert reader.name == format.name
+        specs = {s.name: TensorSpec(f"a.b.{s.name}", s.dtype, s.shape) for s in format.outputs(layer)}
+        again = reader.find("a.b", specs)
+        assert again is not None
+        assert set(again.parts) == set(specs)
+        assert again.scheme.bits == layer.scheme.bits
+        assert again.scheme.weight.symmetric == layer.scheme.weight.symmetric
+        exact = shape[1] * layer.scheme.bits % 32 == 0
+        assert again.shape == shape or not exact
+        if exact:
+            assert again.scheme.weight.blocks(shape) == layer.scheme.weight.blocks(shape)
+
+
+@pytest.mark.parametrize(("format_name", "scheme_name"), cells())
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_fusion_is_the_composition(
+    format_name: str, scheme_name: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("roundel.fusion.SLAB_BYTES", 1)  # several slabs, a short one last
+    monkeypatch.setattr("roundel.fusion.ROW_STEP", 16)
+    for shape in SHAPES:
+        found = settled(WRITTEN[format_name], SCHEMES[scheme_name], shape, dtype)
+        if found is None:
+            continue
+        format, layer = found
+        if not fuses(layer, [format], Rtn()):
+            assert shape[1] % 32 or layer.scheme.weight.exponent != "floor"
+            continue
+        weight = (torch.randn(shape, generator=torch.Generator().manual_seed(2)) * 0.02).to(torch_dtype(dtype))
+        raw = weight.view(torch.uint8).numpy()
+        parts, errors = round_and_pack(
+            layer, format, lambda start, count, raw=raw: np.ascontiguousarray(raw[start : start + count]).reshape(-1)
+        )
+        quantized = Rtn().quantize(Unit(layers=(layer,), weights={layer.name: weight}))[layer.name]
+        for name, tensor in format.pack(layer, quantized).items():
+            assert parts[name].tobytes() == tensor.contiguous().view(torch.uint8).numpy().tobytes(), name
+        noise = (weight.float() - quantized.decode()).double().square().sum().item()
+        assert errors.noise == pytest.approx(noise, rel=1e-4)
+
+
+def test_gptq_never_stores_a_zero_it_cannot_hold() -> None:
+    format, layer = settled(WRITTEN["auto_gptq"], SCHEMES["W4A16_ASYM"], (8, 128))  # type: ignore[misc]
+    weight = torch.rand(8, 128)
+    quantized = Rtn().quantize(Unit(layers=(layer,), weights={layer.name: weight}))[layer.name]
+    parts = format.pack(layer, quantized)
+    assert (parts["qzeros"] == 0).all()  # zero point 1, stored minus one: no field wraps
+    assert torch.equal(format.unpack(layer, parts).decode(), quantized.decode())
+
+
+def test_autoround_settles_by_what_all_layers_are() -> None:
+    def packing(*schemes: str) -> str:
+        layers = [replace(layer_of(Scheme.parse(s), (64, 128)), name=str(i)) for i, s in enumerate(schemes)]
+        return FORMATS["auto_round"].settle(layers).packing  # type: ignore[attr-defined, no-any-return]
+
+    assert packing("W4A16", "W8A16") == "auto_round:auto_gptq"
+    assert packing("W4A16_ASYM") == "auto_round:auto_awq"
+    assert packing("W4A16_ASYM", "W4A16") == "auto_round"
+    assert packing("W2A16_ASYM") == "auto_round"
+    assert packing("MXFP4", "MXFP8") == "auto_round:llm_compressor"
+    with pytest.raises(PlanError, match="not both"):
+        packing("MXFP4", "W4A16")
+
+
+def test_awq_holds_one_scheme() -> None:
+    layers = [replace(layer_of(Scheme.parse(s), (64, 128)), name=s) for s in ("W4A16", "W4A16G64")]
+    with pytest.raises(PlanError, match="one scheme|one\\s+scheme"):
+        FORMATS["auto_awq"].settle(layers)
+
+
+def test_matrix_is_asked_and_complete() -> None:
+    rows = dict(support_rows())
+    assert rows["W4A16"] == {
+        "auto_round": None,
+        "auto_gptq": None,
+        "auto_awq": None,
+        "llm_compressor": rows["W4A16"]["llm_compressor"],
+    }
+    assert "MXFP4 and MXFP8" in str(rows["W4A16"]["llm_compressor"])
+    assert "4-bit only" in str(rows["W8A16"]["auto_awq"])
+
+
+def test_unknown_format_is_named_with_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="auto_gptq"):
+        format_named("auto_gtpq")
+    with pytest.raises(RecipeError, match="only read"):
+        format_named("fp8")
+
+
+def test_unread_quantization_is_refused_by_name() -> None:
+    with pytest.raises(SourceError, match="bitsandbytes"):
+        reader_of({"quantization_config": {"quant_method": "bitsandbytes"}})
+    with pytest.raises(SourceError, match="gemv"):
+        reader_of({"quantization_config": {"quant_method": "awq", "version": "gemv"}})
+
+
+def test_missing_companions_are_named() -> None:
+    reader = reader_of({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}})
+    assert reader is not None
+    with pytest.raises(SourceError, match="scales"):
+        reader.find("a.b", {"qweight": TensorSpec("", "I32", (16, 64)), "qzeros": TensorSpec("", "I32", (1, 8))})
+
+
+def test_activation_ordered_groups_are_refused() -> None:
+    format, layer = settled(WRITTEN["auto_gptq"], SCHEMES["W4A16G32"], (8, 128))  # type: ignore[misc]
+    quantized = Rtn().quantize(Unit(layers=(layer,), weights={layer.name: torch.randn(8, 128)}))[layer.name]
+    parts = format.pack(layer, quantized)
+    parts["g_idx"] = parts["g_idx"].flip(0)
+    with pytest.raises(SourceError, match="desc_act"):
+        format.unpack(layer, parts)
+
+
+def test_mx_writes_the_reference_bytes() -> None:
+    """Golden: 0.5, 1, -6 and 0.3 in a block whose largest is 6."""
+    weight = torch.zeros(1, 32)
+    weight[0, :5] = torch.tensor([0.5, 1.0, -6.0, 0.3, -0.1])
+    layer = layer_of(PRESETS["MXFP4"], (1, 32))
+    parts = FORMATS["llm_compressor"].pack(layer, Rtn().quantize(Unit(layers=(layer,), weights={"a.b": weight}))["a.b"])
+    assert parts["weight_scale"].tolist() == [[127]]
+    assert parts["weight_packed"][0, :3].tolist() == [0x21, 0x1F, 0x08]
