@@ -1,0 +1,55 @@
+"""`roundel inspect`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+__all__ = ["inspect"]
+
+
+@click.command(short_help="Show what a checkpoint is.")
+@click.argument("path")
+@click.option("--revision", metavar="REV", help="Hub branch, tag or commit.")
+@click.option("--json", "as_json", is_flag=True, help="Print every matrix as JSON.")
+def inspect(path: str, revision: str | None, as_json: bool) -> None:
+    """Show what the checkpoint at PATH (a folder or a Hub id) is: format, schemes, layers, sizes, bits per weight.
+
+    \b
+    Example:
+      roundel inspect ./out
+    """
+    import tempfile
+    from pathlib import Path
+
+    from rich.markup import escape
+    from rich.table import Table
+
+    from roundel.card import size
+    from roundel.checkpoint import open_checkpoint
+    from roundel.cli.show import console, folded
+    from roundel.inspection import inspect_checkpoint
+
+    with tempfile.TemporaryDirectory(prefix="roundel-") as work:
+        checkpoint = open_checkpoint(path, revision, Path(work))
+        try:
+            found = inspect_checkpoint(checkpoint)
+        finally:
+            checkpoint.close()
+    if as_json:
+        click.echo(json.dumps(found.to_dict(), indent=1))
+        return
+    packing = f" ({found.packing})" if found.packing else ""
+    console.print(f"{found.name}: {found.model_type}, family {found.family}, format {found.format}{packing}")
+    table = Table("matrices", "count", "shape", "stored as", "bits/weight", "why not rounded")
+    for pattern, count, cells in folded(
+        (n, f"{s[0]}×{s[1]}", scheme, f"{bits:.3f}", why) for n, s, scheme, bits, why in found.rows
+    ):
+        table.add_row(escape(pattern), str(count), *map(escape, cells))
+    console.print(table)
+    for name, (layers, weights) in found.schemes.items():
+        console.print(f"{name}: {layers} layers, {weights / 1e6:.1f} M weights")
+    if found.bits_per_weight is not None:
+        console.print(f"{found.bits_per_weight:.3f} bits per quantized weight")
+    console.print(f"{size(found.nbytes)} in {found.shards} file{'s' if found.shards > 1 else ''}")

@@ -1,0 +1,88 @@
+"""`roundel list`."""
+
+from __future__ import annotations
+
+import click
+
+__all__ = ["list_"]
+
+
+@click.command("list", short_help="List schemes, formats, algorithms or families.")
+@click.argument("what", type=click.Choice(["schemes", "formats", "algorithms", "families"]))
+@click.option("--why", is_flag=True, help="With formats: why each refused cell is refused.")
+@click.option("--markdown", is_flag=True, help="With formats: the support matrix as a Markdown table.")
+def list_(what: str, why: bool, markdown: bool) -> None:
+    """List what exists. The support matrix of `formats` is asked from the formats themselves.
+
+    \b
+    Examples:
+      roundel list schemes
+      roundel list formats --why
+    """
+    {"schemes": _schemes, "algorithms": _algorithms, "families": _families}.get(what, lambda: _formats(why, markdown))()
+
+
+def _schemes() -> None:
+    from rich.table import Table
+
+    from roundel.cli.show import console
+    from roundel.scheme import MIXES, PRESETS, describe_block
+
+    table = Table("scheme", "weights", "block", "scale", "bits/weight (4096×4096)", "inputs at run time")
+    for name, scheme in PRESETS.items():
+        grid = scheme.weight
+        inputs = "16 bits" if scheme.input is None else f"{scheme.input.element.name}, {scheme.input.exponent}"
+        table.add_row(
+            name,
+            grid.element.name,
+            describe_block(grid.block),
+            str(grid.scale),
+            f"{grid.bits_per_weight((4096, 4096)):.3f}",
+            inputs,
+        )
+    for mix in MIXES.values():
+        table.add_row(mix.name, f"{mix.experts} for routed experts, {mix.others} for the rest", "", "", "", "")
+    console.print(table)
+    console.print(
+        "Any W<bits>A16[G<group>][_ASYM] with 2 to 8 bits is a scheme too, such as W3A16G64_ASYM; G-1 is one scale "
+        "per row."
+    )
+
+
+def _formats(why: bool, markdown: bool) -> None:
+    from rich.table import Table
+
+    from roundel.cli.show import console
+    from roundel.formats import FORMATS
+    from roundel.support import support_rows
+
+    rows = support_rows()
+    names = list(rows[0][1])
+    if markdown:
+        click.echo("| scheme | " + " | ".join(names) + " |\n|" + " --- |" * (len(names) + 1))
+        for scheme, cells in rows:
+            click.echo(f"| {scheme} | " + " | ".join("yes" if cells[n] is None else "" for n in names) + " |")
+        return
+    table = Table("scheme", *names)
+    for scheme, cells in rows:
+        table.add_row(scheme, *("yes" if (reason := cells[n]) is None else (reason if why else "·") for n in names))
+    console.print(table)
+    for format in FORMATS.values():
+        console.print(f"{format.name}: {format.summary}")
+
+
+def _algorithms() -> None:
+    from roundel.algorithms import ALGORITHMS
+    from roundel.cli.show import console
+
+    for algorithm in ALGORITHMS.values():
+        console.print(f"{algorithm.name}: {algorithm.summary} ({algorithm.paper})")
+
+
+def _families() -> None:
+    from roundel.cli.show import console
+    from roundel.families import family_of, known_types
+
+    for name in known_types():
+        console.print(f"{name}: {family_of({'model_type': name}).name}")
+    console.print("any other model_type: a guess by general rules, which the plan says")

@@ -1,0 +1,100 @@
+"""`roundel plan`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from roundel.cli.options import recipe_from, recipe_options
+
+if TYPE_CHECKING:
+    from roundel.planning import Plan
+
+__all__ = ["plan"]
+
+
+@click.command(short_help="Show what quantize would do, without reading a weight.")
+@click.argument("model")
+@recipe_options
+@click.option("--json", "as_json", is_flag=True, help="Print the whole plan as JSON: every layer, every output tensor.")
+def plan(model: str, as_json: bool, revision: str | None, device: str, workers: int | None, **options: Any) -> None:
+    """Show what `roundel quantize` would do to MODEL with the same options, without reading a weight.
+
+    \b
+    Examples:
+      roundel plan ./model --scheme W4A16_MIXED
+      roundel plan Qwen/Qwen3-8B --bits 3 --json
+    """
+    from roundel.checkpoint import open_checkpoint
+    from roundel.cli.show import print_plan
+    from roundel.pipeline import default_workers
+    from roundel.planning import build_plan
+
+    recipe = recipe_from(options)
+    with tempfile.TemporaryDirectory(prefix="roundel-") as work:
+        checkpoint = open_checkpoint(model, revision, Path(work))
+        try:
+            made = build_plan(checkpoint, recipe)
+        finally:
+            checkpoint.close()
+    count = workers or default_workers(made, device)
+    if as_json:
+        click.echo(json.dumps(plan_as_dict(made, count, device), indent=1))
+    else:
+        print_plan(made, count, device)
+
+
+def plan_as_dict(made: Plan, workers: int, device: str) -> dict[str, object]:
+    """Everything a plan knows, ready for JSON."""
+    return {
+        "source": made.source_name,
+        "family": made.family,
+        "fingerprint": made.fingerprint,
+        "recipe": made.recipe.to_dict(),
+        "bits_per_weight": made.bits_per_weight,
+        "peak_memory_bytes": made.peak_memory(workers, device),
+        "workers": workers,
+        "notes": list(made.notes),
+        "layers": [
+            {
+                "name": layer.name,
+                "shape": list(layer.shape),
+                "scheme": layer.scheme.name,
+                "bits": layer.scheme.bits,
+                "group_size": layer.scheme.group_size,
+                "sym": layer.scheme.weight.symmetric,
+                "origin": made.origins[layer.name],
+            }
+            for layer in made.layers
+        ],
+        "kept": [{"name": k.name, "shape": list(k.shape), "dtype": k.dtype, "reason": k.reason} for k in made.kept],
+        "outputs": [
+            {
+                "format": o.format.name,
+                "bytes": o.nbytes,
+                "config": o.config,
+                "files": [
+                    {
+                        "name": s.name,
+                        "bytes": s.nbytes,
+                        "tensors": [
+                            {
+                                "name": n,
+                                "dtype": p.spec.dtype,
+                                "shape": list(p.spec.shape),
+                                "begin": p.begin,
+                                "end": p.end,
+                            }
+                            for n, p in s.places.items()
+                        ],
+                    }
+                    for s in o.shards
+                ],
+            }
+            for o in made.outputs
+        ],
+    }

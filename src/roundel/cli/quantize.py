@@ -1,0 +1,150 @@
+"""`roundel quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from roundel.cli.options import recipe_from, recipe_options
+
+__all__ = ["quantize"]
+
+
+@click.command(short_help="Round a model's weights and write a checkpoint.")
+@click.argument("model")
+@click.argument("out", required=False, type=click.Path(path_type=Path))
+@recipe_options
+@click.option("--overwrite", is_flag=True, help="Replace what an earlier run left in OUT.")
+def quantize(
+    model: str,
+    out: Path | None,
+    overwrite: bool,
+    revision: str | None,
+    device: str,
+    workers: int | None,
+    **options: Any,
+) -> None:
+    """Round the weights of MODEL and write a checkpoint to OUT.
+
+    MODEL is a folder with config.json and *.safetensors, or a Hub id such as Qwen/Qwen3-8B. OUT is ./NAME-SCHEME when
+    it is left out. A killed run continues when the same command is repeated, and ends with the same bytes.
+
+    \b
+    Examples:
+      roundel quantize ./Llama-3.1-8B
+      roundel quantize ./model ./out --bits 3 --group-size 64 --asym
+      roundel quantize ./model ./out --format auto_gptq,auto_awq
+      roundel quantize ./model ./out --layer-config '{k_proj: {bits: 8}, layers.0: W8A16}'
+      roundel quantize ./model ./out --recipe-file other/recipe.json
+    """
+    from roundel.api import quantize_checkpoint
+    from roundel.checkpoint import open_checkpoint
+    from roundel.cli.show import console, print_report
+    from roundel.output import is_complete
+    from roundel.pipeline import default_workers
+    from roundel.planning import build_plan
+
+    check_device(device)
+    recipe = recipe_from(options)
+    folder = out if out is not None else default_folder(model, recipe.scheme)
+    work = folder.with_name(folder.name + ".download")
+    checkpoint = open_checkpoint(model, revision, work)
+    try:
+        plan = build_plan(checkpoint, recipe)
+        if not is_complete(folder, plan):
+            console.print(
+                f"{plan.source_name}: {len(plan.layers)} layers to {recipe.scheme}, {plan.bits_per_weight:.3f} "
+                f"bits per weight, into {folder}"
+            )
+        count = workers or default_workers(plan, device)
+        with _Bar(sum(w.layer.parameters for w in plan.works if w.layer is not None), len(plan.layers)) as bar:
+            report = quantize_checkpoint(
+                checkpoint,
+                folder,
+                recipe,
+                device=device,
+                workers=count,
+                overwrite=overwrite,
+                progress=bar.advance,
+                planned=plan,
+            )
+    finally:
+        checkpoint.close()
+    remove_downloads(work)
+    print_report(report)
+
+
+def default_folder(model: str, scheme: str) -> Path:
+    """./NAME-SCHEME for a folder or a Hub id."""
+    name = Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2]
+    return Path(f"{name}-{scheme.upper()}")
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there before anything else is done."""
+    from roundel.errors import RecipeError
+
+    if device == "cpu":
+        return
+    if not device.startswith("cuda"):
+        raise RecipeError(f"Unknown device {device!r}. Known are cpu and cuda.")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RecipeError(f"Device {device!r} is not there: torch sees no CUDA device. Use --device cpu.")
+
+
+def remove_downloads(work: Path) -> None:
+    """What was fetched from the Hub for this run is not needed once the run is done."""
+    import shutil
+
+    if work.is_dir():
+        shutil.rmtree(work)
+
+
+class _Bar:
+    """A bar over weights, with the layer at hand and the time left."""
+
+    def __init__(self, weights: int, layers: int) -> None:
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        from roundel.cli.show import console
+
+        self._progress = Progress(
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[layers]}/" + str(layers) + " layers"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=weights, layers=0)
+        self._layers = 0
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def advance(self, work: Any, row: Any) -> None:
+        self._layers += row.sqnr is not None
+        self._progress.update(
+            self._task,
+            advance=work.layer.parameters if work.layer is not None else 0,
+            description=work.name,
+            layers=self._layers,
+        )

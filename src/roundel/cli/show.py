@@ -1,0 +1,105 @@
+"""How plans, reports and checks are printed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from roundel.card import size
+from roundel.planning import Plan
+from roundel.report import Report
+
+__all__ = ["console", "decibel", "folded", "print_plan", "print_report"]
+
+console = Console(highlight=False, soft_wrap=False)
+
+
+def decibel(value: float | None) -> str:
+    """19.6 dB; "exact" where nothing was lost."""
+    return "" if value is None else "exact" if value == math.inf else f"{value:.1f} dB"
+
+
+def folded(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, int, tuple[str, ...]]]:
+    """Rows that differ only in the numbers of their first cell -> (pattern, how many, other cells), in order."""
+    found: dict[tuple[str, ...], int] = {}
+    for name, *rest in rows:
+        key = (re.sub(r"\d+", "*", name), *rest)
+        found[key] = found.get(key, 0) + 1
+    return [(key[0], count, key[1:]) for key, count in found.items()]
+
+
+def print_plan(plan: Plan, workers: int, device: str) -> None:
+    """The table of layers, what stays and why, sizes, memory, files."""
+    table = Table(
+        "layers",
+        "count",
+        "shape",
+        "scheme",
+        "bits/weight",
+        "decided by",
+        title=f"{plan.source_name} · {plan.family}",
+        title_justify="left",
+    )
+    first = plan.outputs[0].format
+    rows = [
+        (layer.name, f"{layer.shape[0]}×{layer.shape[1]}", layer.scheme.name,
+         f"{sum(s.nbytes for s in first.outputs(layer)) * 8 / layer.parameters:.3f}", plan.origins[layer.name])
+        for layer in plan.layers
+    ]  # fmt: skip
+    for pattern, count, cells in folded(rows):
+        table.add_row(escape(pattern), str(count), *map(escape, cells))
+    console.print(table)
+    if plan.kept:
+        kept = Table("kept in full precision", "count", "shape", "dtype", "why")
+        for pattern, count, cells in folded(
+            (k.name, f"{k.shape[0]}×{k.shape[1]}", k.dtype, k.reason) for k in plan.kept
+        ):
+            kept.add_row(escape(pattern), str(count), *map(escape, cells))
+        console.print(kept)
+    for note in plan.notes:
+        console.print(f"[yellow]note[/] {escape(note)}")
+    console.print(
+        f"{len(plan.layers)} layers, {plan.parameters / 1e6:.1f} M weights at {plan.bits_per_weight:.3f} bits"
+    )
+    for output in plan.outputs:
+        share = output.nbytes / max(1, plan.source_bytes)
+        console.print(
+            f"{output.format.name}: {size(output.nbytes)} ({share:.0%} of {size(plan.source_bytes)}) in "
+            f"{len(output.shards)} file{'s' if len(output.shards) > 1 else ''}"
+        )
+        for shard in output.shards:
+            console.print(f"  {shard.name}  {size(shard.nbytes)}")
+    console.print(
+        f"peak memory about {size(plan.peak_memory(workers, device))} with {workers} worker{'s' if workers > 1 else ''}"
+    )
+
+
+def print_report(report: Report) -> None:
+    """What a run did, in a few lines."""
+    plan = report.plan
+    if report.already_complete:
+        console.print(
+            f"{report.folder} is complete already: same recipe, same source. Pass --overwrite to make it anew."
+        )
+        return
+    for note in plan.notes:
+        console.print(f"[yellow]note[/] {escape(note)}")
+    if report.resumed:
+        console.print(f"continued: {report.resumed} of {len(plan.works)} pieces were done already")
+    worst = report.worst
+    console.print(
+        f"{len(plan.layers)} layers at {plan.bits_per_weight:.3f} bits per weight; {len(plan.kept)} matrices kept "
+        f"in full precision"
+    )
+    if worst is not None:
+        console.print(
+            f"signal to noise {decibel(report.mean_sqnr)} on average, lowest {decibel(worst.sqnr)} ({worst.name})"
+        )
+    for output in plan.outputs:
+        console.print(f"{output.format.name}: {size(output.nbytes)}, was {size(plan.source_bytes)}")
+    console.print(f"{report.seconds:.1f} s, {report.folder}")

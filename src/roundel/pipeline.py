@@ -1,0 +1,336 @@
+"""The loop: every piece of work of a plan is read, rounded, packed, written, and committed to the journal.
+
+Pieces are independent while no algorithm reads activations, so N workers take them from a queue; positions are known,
+so files are equal whatever the order. A committer flushes finished bytes in the background and then journals them.
+Devices are chosen here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from roundel.algorithms import algorithm_named
+from roundel.checkpoint import Checkpoint
+from roundel.errors import NumericsError
+from roundel.fusion import Errors, fuses, not_finite, round_and_pack
+from roundel.io.journal import Journal
+from roundel.io.safetensors import Shard
+from roundel.output import finish, open_shards
+from roundel.planning import Plan, Work
+from roundel.report import Report, Row
+from roundel.unit import Layer, Unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from roundel.tensor import QuantizedTensor
+
+__all__ = ["Demoted", "Progress", "default_workers", "run"]
+
+FLUSH_BYTES = 64 << 20  # flushed and journaled at least this often, or after FLUSH_SECONDS
+FLUSH_SECONDS = 1.0
+
+Progress = Callable[[Work, Row], None]
+
+
+class Demoted(NumericsError):
+    """Layers that cannot be rounded. The plan must be made anew with them kept: layer name -> why."""
+
+    def __init__(self, layers: dict[str, str]) -> None:
+        self.layers = layers
+        more = (
+            f" ({len(layers) - 1} more layers have such weights: {', '.join(list(layers)[1:6])})"
+            if len(layers) > 1
+            else ""
+        )
+        super().__init__(next(iter(layers.values())) + more)
+
+
+def default_workers(plan: Plan, device: str = "cpu") -> int:
+    """As many as there are cores, while their memory fits in half of what is free."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    free = _free_memory() // 2
+    workers = max(1, cores if device == "cpu" else 2)
+    while workers > 1 and plan.peak_memory(workers, device) > free:
+        workers -= 1
+    return workers
+
+
+def run(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    out: Path,
+    workers: int = 1,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Report:
+    """Carry out a plan. Safe to call again after a crash: finished work is skipped.
+
+    Raises Demoted when weights are not finite, after all of the model was looked at.
+    """
+    started = time.perf_counter()
+    journal = Journal(out, {**plan.identity(), "fingerprint": plan.fingerprint})
+    resumed = len(journal.finished)
+    for row in journal.finished.values():
+        if progress is not None:
+            progress(_work_named(plan, str(row["name"])), Row.from_dict(row))
+    shards = open_shards(out, plan)
+    opened = {id(s): s for by_tensor in shards for s in by_tensor.values()}
+    committer = _Committer(journal, tuple(opened.values()))
+    loop = _Loop(plan, checkpoint, shards, device, committer, progress)
+    try:
+        loop.go([w for w in plan.works if w.name not in journal.finished], workers)
+    finally:
+        committer.close()
+    if loop.bad:
+        for shard in opened.values():
+            shard.close()
+        journal.close()
+        raise Demoted(loop.bad)
+    for shard in opened.values():
+        shard.finish()
+    rows = tuple(Row.from_dict(journal.finished[w.name]) for w in plan.works)
+    journal.close()
+    report = Report(plan=plan, folder=out, rows=rows, seconds=time.perf_counter() - started, resumed=resumed)
+    finish(out, plan, checkpoint.source, report)
+    return report
+
+
+class _Committer:
+    """Flushes files and journals finished rows, in its own thread, so that workers never wait for the disk."""
+
+    def __init__(self, journal: Journal, shards: tuple[Shard, ...]) -> None:
+        self._journal, self._shards = journal, shards
+        self._rows: list[dict[str, object]] = []
+        self._nbytes = 0
+        self._wake = threading.Condition()
+        self._closing = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._serve, name="committer", daemon=True)
+        self._thread.start()
+
+    def add(self, row: Row) -> None:
+        with self._wake:
+            if self._error is not None:
+                raise self._error
+            self._rows.append(row.to_dict())
+            self._nbytes += sum(row.nbytes)
+            if self._nbytes >= FLUSH_BYTES:
+                self._wake.notify()
+
+    def close(self) -> None:
+        """Commit what is left. Raises what the thread met."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _serve(self) -> None:
+        closing = False
+        while not closing:
+            with self._wake:
+                self._wake.wait_for(lambda: self._closing or self._nbytes >= FLUSH_BYTES, timeout=FLUSH_SECONDS)
+                closing, rows = self._closing, self._rows
+                self._rows, self._nbytes = [], 0
+            if rows:
+                try:
+                    for shard in self._shards:
+                        shard.flush()
+                    self._journal.commit(rows)
+                except BaseException as error:
+                    self._error = error
+                    return
+
+
+@dataclass
+class _Loop:
+    """The state that workers share."""
+
+    plan: Plan
+    checkpoint: Checkpoint
+    shards: list[dict[str, Shard]]
+    device: str
+    committer: _Committer
+    progress: Progress | None
+    bad: dict[str, str] = field(default_factory=dict)
+    stop: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def go(self, todo: list[Work], workers: int) -> None:
+        self.left = Counter(shard for work in todo for shard in work.shards)
+        self.order = list(dict.fromkeys(shard for work in todo for shard in work.shards))
+        if self.order:
+            self.checkpoint.source.files.prefetch(self.order[0])
+        self.queue = iter(todo)
+        with ThreadPoolExecutor(max_workers=max(1, workers), thread_name_prefix="worker") as pool:
+            running = [pool.submit(self._serve) for _ in range(max(1, workers))]
+            try:
+                done, _ = wait(running, return_when=FIRST_EXCEPTION)
+            except KeyboardInterrupt:
+                self.stop.set()
+                raise
+            self.stop.set() if any(f.exception() for f in done) else None
+        for future in running:
+            future.result()
+
+    def _serve(self) -> None:
+        while not self.stop.is_set():
+            with self.lock:
+                work = next(self.queue, None)
+            if work is None:
+                return
+            self._prefetch(work)
+            try:
+                row = self._perform(work)
+            except NumericsError as error:
+                with self.lock:
+                    self.bad[work.name] = str(error)
+                continue
+            self._drop(work)
+            if not self.bad:
+                self.committer.add(row)
+            if self.progress is not None:
+                with self.lock:
+                    self.progress(work, row)
+
+    def _prefetch(self, work: Work) -> None:
+        """The shard after those this work needs may be fetched while it is done."""
+        last = max((self.order.index(shard) for shard in work.shards), default=-1)
+        if 0 <= last < len(self.order) - 1:
+            self.checkpoint.source.files.prefetch(self.order[last + 1])
+
+    def _drop(self, work: Work) -> None:
+        with self.lock:
+            self.left.subtract(work.shards)
+            over = [s for s in work.shards if self.left[s] == 0]
+        if over:
+            self.checkpoint.source.drop(over)
+
+    def _perform(self, work: Work) -> Row:
+        nbytes = [0] * len(self.shards)
+        for copy in work.copies:
+            self._copy(copy.spec.name, copy.piece.is_whole, work, nbytes)
+        if work.layer is None:
+            return Row(name=work.name, kind=work.kind, nbytes=tuple(nbytes))
+        layer, formats = work.layer, [o.format for o in self.plan.outputs]
+        if work.kind == "decode":
+            weight = self.checkpoint.weights(layer)
+            self._put({layer.name + ".weight": _as_bytes(weight, layer.dtype)}, nbytes)
+            return Row(name=work.name, kind=work.kind, nbytes=tuple(nbytes))
+        algorithm = algorithm_named(self.plan.recipe.algorithm)
+        if fuses(layer, formats, algorithm, self.device):
+            piece, source = layer.stored.parts["weight"], self.checkpoint.source
+            parts, errors = round_and_pack(layer, formats[0], lambda start, count: source.read(piece, start, count))
+            self._put(
+                {f"{layer.name}.{part}": array.data.cast("B") if array.size else b"" for part, array in parts.items()},
+                nbytes,
+                0,
+            )
+        else:
+            errors = self._round(layer, nbytes)
+        return Row(
+            name=work.name, kind=work.kind, scheme=layer.scheme.name, sqnr=round(errors.sqnr, 4), nbytes=tuple(nbytes)
+        )
+
+    def _round(self, layer: Layer, nbytes: list[int]) -> Errors:
+        """The general way: any source, any algorithm, any device, several formats."""
+        with _stream(self.device):
+            weight, quantized = self._quantize(layer)
+            errors = _errors(weight, quantized)
+            for number, output in enumerate(self.plan.outputs):
+                parts = output.format.pack(layer, quantized)
+                self._put({f"{layer.name}.{part}": _as_bytes(tensor) for part, tensor in parts.items()}, nbytes, number)
+        return errors
+
+    def _quantize(self, layer: Layer) -> tuple[Tensor, QuantizedTensor]:
+        import torch
+
+        stored = layer.stored
+        if stored.scheme is not None and stored.scheme.weight == layer.scheme.weight:
+            quantized = self.checkpoint.unpack(layer)  # on the asked grid already: nothing to round
+            return quantized.decode(), quantized
+        weight = _to_device(self.checkpoint.weights(layer), self.device)
+        finite = torch.isfinite(weight)
+        if not bool(finite.all()):
+            row, column = (int(i) for i in (~finite).nonzero()[0])
+            raise not_finite(layer, row, column, float(weight[row, column]))
+        quantized = algorithm_named(self.plan.recipe.algorithm).quantize(
+            Unit(layers=(layer,), weights={layer.name: weight})
+        )[layer.name]
+        scale = quantized.scale
+        if not isinstance(scale, torch.Tensor) or not bool(torch.isfinite(scale.float()).all()):
+            row, column = divmod(int(weight.abs().argmax()), layer.shape[1])
+            raise not_finite(layer, row, column, float(weight[row, column]))
+        return weight, quantized
+
+    def _copy(self, name: str, whole: bool, work: Work, nbytes: list[int]) -> None:
+        copy = next(c for c in work.copies if c.spec.name == name)
+        if not whole:
+            self._put({name: _as_bytes(self.checkpoint.read_piece(copy.piece))}, nbytes)
+            return
+        descriptor, begin = self.checkpoint.source.place(copy.piece.tensor)
+        for number, by_tensor in enumerate(self.shards):
+            by_tensor[name].copy(name, descriptor, begin)
+            nbytes[number] += copy.spec.nbytes
+
+    def _put(self, tensors: dict[str, memoryview | bytes], nbytes: list[int], only: int | None = None) -> None:
+        for number, by_tensor in enumerate(self.shards):
+            if only is None or only == number:
+                for name, data in tensors.items():
+                    by_tensor[name].put(name, data)
+                    nbytes[number] += len(data)
+
+
+def _errors(weight: Tensor, quantized: QuantizedTensor) -> Errors:
+    exact = weight.float()
+    error = exact - quantized.decode()
+    return Errors(float(exact.double().square().sum()), float(error.double().square().sum()))
+
+
+def _as_bytes(tensor: Tensor, dtype: str | None = None) -> memoryview:
+    import torch
+
+    from roundel.tensor import torch_dtype
+
+    found = tensor.to("cpu", torch_dtype(dtype) if dtype else tensor.dtype).contiguous().reshape(-1)
+    return found.view(torch.uint8).numpy().data
+
+
+def _to_device(tensor: Tensor, device: str) -> Tensor:
+    """On an accelerator through pinned memory, so that the copy overlaps with other workers' arithmetic."""
+    return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _stream(device: str):  # type: ignore[no-untyped-def]
+    """Each worker's own queue on the accelerator; nothing on CPU."""
+    from contextlib import nullcontext
+
+    if not device.startswith("cuda"):
+        return nullcontext()
+    import torch
+
+    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+
+
+def _work_named(plan: Plan, name: str) -> Work:
+    return next(w for w in plan.works if w.name == name)
+
+
+def _free_memory() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    return 8 << 30

@@ -1,0 +1,434 @@
+"""What will happen, exactly, before the first weight is read: the contract between a recipe and a model.
+
+A plan knows every output tensor's name, dtype, shape and file offset. So impossible wishes fail at once and all
+together, files are written header first in any order, and resuming is a list of finished names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from roundel import __version__
+from roundel.algorithms import algorithm_named
+from roundel.checkpoint import Checkpoint, Matrix
+from roundel.errors import PlanError, nearest
+from roundel.formats import FORMATS, Contents, Format, format_named
+from roundel.fusion import fuses, slab_rows
+from roundel.io.safetensors import ShardLayout, lay_out
+from roundel.recipe import Choice, Recipe, matches, parse_size, scheme_of_entry
+from roundel.scheme import Scheme
+from roundel.tensor import ITEMSIZE, TensorSpec
+from roundel.unit import Layer, Piece
+
+__all__ = ["Copy", "Kept", "Output", "Plan", "Work", "build_plan"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copy:
+    """A tensor that is written as it is stored: its name in the output, and where it lies in the source."""
+
+    spec: TensorSpec
+    piece: Piece
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """The smallest piece of work that is done, committed and resumed as a whole.
+
+    name     unique; the layer's or the tensor's name
+    kind     "round" a layer, "decode" a packed matrix that stays in full precision, or "copy" tensors
+    layer    for "round" and "decode"
+    copies   tensors written unchanged along with it: its bias, or all of a "copy"
+    shards   source files it reads
+    """
+
+    name: str
+    kind: Literal["round", "decode", "copy"]
+    layer: Layer | None = None
+    copies: tuple[Copy, ...] = ()
+    shards: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A matrix that stays in full precision, and why."""
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """One format of a run: the settled format, its config, and its files, each laid out."""
+
+    format: Format
+    config: Mapping[str, object]
+    shards: tuple[ShardLayout, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(shard.nbytes for shard in self.shards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that will be written.
+
+    origins      layer name -> where its scheme was decided
+    kept         matrices that stay, each with its reason
+    outputs      one for each format
+    notes        fallbacks and facts the user should know; an error under `strict` where they are fallbacks
+    """
+
+    recipe: Recipe
+    source_name: str
+    source_fingerprint: str
+    family: str
+    works: tuple[Work, ...]
+    layers: tuple[Layer, ...]
+    origins: Mapping[str, str]
+    kept: tuple[Kept, ...]
+    outputs: tuple[Output, ...]
+    untied: bool
+    source_bytes: int
+    demoted: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of what shapes the output: recipe, source headers, and every output tensor."""
+        digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode())
+        for output in self.outputs:
+            for shard in output.shards:
+                digest.update(shard.header)
+        return digest.hexdigest()
+
+    def identity(self) -> dict[str, object]:
+        """The fields that name a plan, for comparing with an unfinished one."""
+        return {
+            "roundel": __version__,
+            "source": self.source_name,
+            "source_fingerprint": self.source_fingerprint,
+            **{f"recipe.{k}": v for k, v in self.recipe.to_dict().items()},
+            "demoted": dict(self.demoted),
+        }
+
+    @property
+    def default(self) -> Scheme:
+        return _most_common(self.layers)
+
+    @property
+    def parameters(self) -> int:
+        """Weights in the layers that are rounded."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per rounded weight in the first format, scales and zero points included."""
+        stored = sum(s.nbytes for layer in self.layers for s in self.outputs[0].format.outputs(layer))
+        return 8 * stored / max(1, self.parameters)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(output.nbytes for output in self.outputs)
+
+    def peak_memory(self, workers: int, device: str = "cpu") -> int:
+        """Bytes of memory the run is expected to reach, the interpreter and its libraries included."""
+        algorithm, formats = algorithm_named(self.recipe.algorithm), [o.format for o in self.outputs]
+        sizes, needs_torch = [], device != "cpu"
+        for work in self.works:
+            plain = work.kind == "copy" and all(c.piece.is_whole for c in work.copies)
+            fused = work.kind == "round" and work.layer is not None and fuses(work.layer, formats, algorithm, device)
+            needs_torch |= not (plain or fused)
+            sizes.append(_working_bytes(work, formats, fused, plain))
+        base = BASE_WITH_TORCH if needs_torch else BASE_PLAIN
+        return base + sum(sorted(sizes, reverse=True)[:workers])
+
+
+COPY_BYTES = 8 << 20  # a copy goes from file to file, at most through a buffer of this size
+BASE_PLAIN = 120 << 20  # interpreter, numpy, numba, rich: measured
+BASE_WITH_TORCH = 300 << 20  # the same with torch: measured
+
+
+def _working_bytes(work: Work, formats: Sequence[Format], fused: bool, plain: bool) -> int:
+    """Bytes one piece of work holds at its peak: a slab and the packed parts, or matrices in float and in codes."""
+    if plain:
+        return COPY_BYTES
+    if work.layer is None:
+        return sum(2 * c.spec.nbytes for c in work.copies)
+    layer = work.layer
+    packed = sum(s.nbytes for f in formats for s in f.outputs(layer)) if work.kind == "round" else layer.parameters * 2
+    if fused:
+        codes = layer.shape[1] * min(slab_rows(layer), layer.shape[0])
+        return packed + codes * (1 + ITEMSIZE[layer.dtype])
+    return packed + layer.parameters * (4 + 4 + 4 + 1)  # stored or float, decoded, its error, codes
+
+
+def build_plan(checkpoint: Checkpoint, recipe: Recipe, demoted: Mapping[str, str] | None = None) -> Plan:
+    """Decide everything.
+
+    demoted   layers that a run found it cannot round (weights that are not finite) -> why; they are kept
+    Raises PlanError with every problem at once: patterns that match nothing, layers a format or the algorithm refuses,
+    formats that cannot hold the mixture.
+    """
+    demoted = demoted or {}
+    problems: list[str] = []
+    matrices = dict(checkpoint.matrices)
+    untied = checkpoint.is_tied and _head_asked(recipe, checkpoint.family.head)
+    if untied:
+        matrices[checkpoint.family.head] = checkpoint.tied_head()
+    elif recipe.quant_lm_head and checkpoint.family.head not in matrices:
+        problems.append(
+            f"--quant-lm-head is asked for and {checkpoint.source.name} has no {checkpoint.family.head}. Drop the "
+            f"option."
+        )
+    choices = _choose(matrices, recipe, checkpoint.family.head, problems)
+    for name, reason in demoted.items():
+        choices[name] = Choice(scheme=None, origin=reason)
+    formats = [format_named(name) for name in recipe.formats]
+    layers = _layers(matrices, choices, formats, recipe, problems)
+    if not layers and not problems:
+        problems.append(
+            f"No layer of {checkpoint.source.name} would be rounded: every matrix is kept. See `roundel plan` for "
+            f"the reasons."
+        )
+    settled = _settle(formats, layers, problems)
+    if problems:
+        raise PlanError(problems)
+    works = _works(checkpoint, matrices, {layer.name: layer for layer in layers})
+    kept = tuple(
+        Kept(name=m.name, shape=m.shape, dtype=m.dtype, reason=choices[m.name].origin)
+        for m in matrices.values()
+        if choices[m.name].scheme is None
+    )
+    contents = Contents(
+        layers=layers,
+        kept=[k.name for k in kept],
+        default=_most_common(layers),
+        blocks=_blocks(checkpoint, layers),
+        head=checkpoint.family.head,
+        embedding=checkpoint.family.embedding.removesuffix(".weight"),
+    )
+    outputs = tuple(
+        Output(format=f, config=f.config(contents), shards=lay_out(_specs(works, f), parse_size(recipe.shard_size)))
+        for f in settled
+    )
+    return Plan(
+        recipe=recipe,
+        source_name=checkpoint.source.name,
+        source_fingerprint=checkpoint.source.fingerprint(),
+        family=checkpoint.family.name + (" (a guess)" if checkpoint.family.guess else ""),
+        works=works,
+        layers=tuple(layers),
+        origins={layer.name: choices[layer.name].origin for layer in layers},
+        kept=kept,
+        outputs=outputs,
+        untied=untied,
+        source_bytes=sum(s.nbytes for s in checkpoint.source.tensors.values()),
+        demoted=dict(demoted),
+        notes=_notes(checkpoint, layers, demoted, untied),
+    )
+
+
+def _head_asked(recipe: Recipe, head: str) -> bool:
+    return recipe.quant_lm_head or head in recipe.layer_config
+
+
+def _choose(matrices: Mapping[str, Matrix], recipe: Recipe, head: str, problems: list[str]) -> dict[str, Choice]:
+    """The scheme of every matrix, or why it stays."""
+    choices: dict[str, Choice] = {}
+    for matrix in matrices.values():
+        reason = matrix.reason
+        if matrix.name == head and _head_asked(recipe, head):
+            reason = None
+        scheme = None if reason else recipe.default_for(matrix.role)
+        choices[matrix.name] = Choice(scheme=scheme, origin=reason or f"scheme {recipe.scheme}")
+    linear = [name for name, choice in choices.items() if choice.scheme is not None]
+    for pattern, value in sorted(recipe.layer_config.items(), key=lambda entry: entry[0] in matrices):
+        found = {pattern} if pattern in matrices else matches(pattern, linear)
+        if not found:
+            problems.append(_unmatched("layer_config", pattern, linear, choices))
+        for name in found:
+            scheme = scheme_of_entry(pattern, value, recipe.default_for(matrices[name].role))
+            choices[name] = Choice(scheme=scheme, origin=f"layer_config {pattern!r}")
+    exact = {p for p in recipe.layer_config if p in matrices}
+    for pattern in recipe.ignore_layers:
+        found = matches(pattern, linear)
+        if not found and not matches(pattern, matrices):
+            problems.append(_unmatched("ignore_layers", pattern, linear, choices))
+        for name in found - exact:
+            choices[name] = Choice(scheme=None, origin=f"ignore_layers {pattern!r}")
+    return choices
+
+
+def _unmatched(option: str, pattern: str, linear: Sequence[str], choices: Mapping[str, Choice]) -> str:
+    kept = sorted(matches(pattern, choices))
+    if kept:
+        return (
+            f"{option} {pattern!r} matches only matrices that are kept, such as {kept[0]} ({choices[kept[0]].origin}). "
+            "Name one exactly to round it all the same."
+        )
+    tails = Counter(name.rpartition(".")[2] for name in linear)
+    known = ", ".join(sorted(tails)[:12])
+    return f"{option} {pattern!r} matches no layer.{nearest(pattern, (*tails, *linear))} Layers end in {known}."
+
+
+def _layers(
+    matrices: Mapping[str, Matrix],
+    choices: Mapping[str, Choice],
+    formats: Sequence[Format],
+    recipe: Recipe,
+    problems: list[str],
+) -> list[Layer]:
+    algorithm = algorithm_named(recipe.algorithm)
+    layers: list[Layer] = []
+    refused: dict[tuple[str, str], list[Layer]] = {}
+    for matrix in matrices.values():
+        scheme = choices[matrix.name].scheme
+        if scheme is None:
+            continue
+        for format in formats:
+            scheme = format.grid_of(scheme)
+        layer = matrix.layer(scheme)
+        layers.append(layer)
+        reasons = [
+            (f"algorithm {algorithm.name}", algorithm.refuse(layer)),
+            *((f.name, f.refuse(layer)) for f in formats),
+        ]
+        for who, reason in reasons:
+            if reason is not None:
+                refused.setdefault((who, reason), []).append(layer)
+    for (_, reason), refused_layers in refused.items():
+        problems.append(_refusal(reason, refused_layers))
+    return layers
+
+
+def _refusal(reason: str, layers: Sequence[Layer]) -> str:
+    first, more = layers[0], len(layers) - 1
+    others = f" (and {more} more)" if more else ""
+    storing = [f.name for f in FORMATS.values() if f.writes and all(f.refuse(layer) is None for layer in layers)]
+    remedy = f"Use format {' or '.join(storing)}, " if storing else "Choose another scheme, "
+    return (
+        f"{first.name} {list(first.shape)}{others}: {reason}. {remedy}or change these layers with --layer-config or "
+        "--ignore-layers."
+    )
+
+
+def _settle(formats: Sequence[Format], layers: Sequence[Layer], problems: list[str]) -> list[Format]:
+    settled: list[Format] = []
+    for format in formats:
+        try:
+            settled.append(format.settle(layers))
+        except PlanError as error:
+            problems.extend(error.problems)
+    return settled
+
+
+def _works(checkpoint: Checkpoint, matrices: Mapping[str, Matrix], layers: Mapping[str, Layer]) -> tuple[Work, ...]:
+    """Every tensor of the source exactly once (a tied head reads the embedding's twice), in the order they lie in the
+    files."""
+    source = checkpoint.source
+    split = {p.tensor for m in matrices.values() if m.name in layers and m.is_split for p in m.stored.parts.values()}
+    works: list[Work] = []
+    whole: dict[str, None] = {}  # fused tensors of which no part is rounded, copied once
+    for matrix in matrices.values():
+        layer = layers.get(matrix.name)
+        tensors = [p.tensor for p in matrix.stored.parts.values()]
+        if layer is None and matrix.is_split and not split.intersection(tensors) and matrix.stored.format == "plain":
+            whole.update(dict.fromkeys(tensors + ([matrix.bias[1].tensor] if matrix.bias else [])))
+            continue
+        copies = (_copy(source.tensors, *matrix.bias),) if matrix.bias else ()
+        if layer is not None:
+            works.append(_work(checkpoint, matrix.name, "round", layer, copies))
+        elif matrix.stored.format != "plain":
+            works.append(_work(checkpoint, matrix.name, "decode", matrix.layer(), copies))
+        else:
+            weight = _copy(source.tensors, matrix.name + ".weight", matrix.stored.parts["weight"])
+            works.append(_work(checkpoint, matrix.name + ".weight", "copy", None, (weight, *copies)))
+    for name in (*whole, *checkpoint.loose):
+        works.append(_work(checkpoint, name, "copy", None, (_copy(source.tensors, name, Piece(tensor=name)),)))
+    order = {name: i for i, name in enumerate(source.tensors)}
+    return tuple(sorted(works, key=lambda w: min(order[t] for t in _tensors(w))))
+
+
+def _copy(tensors: Mapping[str, TensorSpec], name: str, piece: Piece) -> Copy:
+    spec = tensors[piece.tensor]
+    return Copy(spec=TensorSpec(name, spec.dtype, piece.shape(spec)), piece=piece)
+
+
+def _work(
+    checkpoint: Checkpoint,
+    name: str,
+    kind: Literal["round", "decode", "copy"],
+    layer: Layer | None,
+    copies: tuple[Copy, ...],
+) -> Work:
+    work = Work(name=name, kind=kind, layer=layer, copies=copies)
+    shards = dict.fromkeys(checkpoint.source.shard_of(t) for t in _tensors(work))
+    return Work(name=name, kind=kind, layer=layer, copies=copies, shards=tuple(shards))
+
+
+def _tensors(work: Work) -> list[str]:
+    parts = work.layer.stored.parts.values() if work.layer else ()
+    return [p.tensor for p in parts] + [c.piece.tensor for c in work.copies]
+
+
+def _specs(works: Sequence[Work], format: Format) -> list[TensorSpec]:
+    specs: list[TensorSpec] = []
+    for work in works:
+        if work.layer is not None and work.kind == "round":
+            specs += [TensorSpec(f"{work.layer.name}.{s.name}", s.dtype, s.shape) for s in format.outputs(work.layer)]
+        elif work.layer is not None:
+            specs.append(TensorSpec(work.layer.name + ".weight", work.layer.dtype, work.layer.shape))
+        specs += [c.spec for c in work.copies]
+    return specs
+
+
+def _blocks(checkpoint: Checkpoint, layers: Sequence[Layer]) -> list[str]:
+    """The families' block lists in which layers are rounded."""
+    inside = [b for b in checkpoint.family.blocks if any(layer.name.startswith(b + ".") for layer in layers)]
+    return inside or list(checkpoint.family.blocks[:1])
+
+
+def _most_common(layers: Sequence[Layer]) -> Scheme:
+    return Counter(layer.scheme for layer in layers).most_common(1)[0][0]
+
+
+def _notes(
+    checkpoint: Checkpoint, layers: Sequence[Layer], demoted: Mapping[str, str], untied: bool
+) -> tuple[str, ...]:
+    notes = [f"fallback: {name} stays in full precision: {reason}" for name, reason in demoted.items()]
+    if checkpoint.family.guess:
+        notes.append(
+            f"no family is named after model_type {checkpoint.source.config.get('model_type')!r}: the general "
+            f"rules decide what is a linear layer"
+        )
+    if untied:
+        notes.append(
+            "the output head is rounded, so it no longer shares the embedding's tensor: tie_word_embeddings "
+            "becomes false"
+        )
+    same = sum(
+        1 for layer in layers if layer.stored.scheme is not None and layer.stored.scheme.weight == layer.scheme.weight
+    )
+    if same:
+        notes.append(f"{same} layers are on the asked grid already: their codes are moved over without rounding")
+    if checkpoint.dropped:
+        notes.append(
+            f"{len(checkpoint.dropped)} tensors of the source's own format are not needed any more, such as "
+            f"{checkpoint.dropped[0]}"
+        )
+    odd = [layer for layer in layers if layer.shape[1] % layer.scheme.weight.block_of(layer.shape)[1]]
+    if odd:
+        notes.append(
+            f"{len(odd)} layers have a short last group, such as {odd[0].name} {list(odd[0].shape)}: not every "
+            f"runtime loads these"
+        )
+    return tuple(notes)

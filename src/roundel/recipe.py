@@ -1,0 +1,250 @@
+"""What the user asked, as one frozen value. Every default of a run that shapes its output is written here, once.
+
+A recipe is saved with the output (`recipe.json`) and can be fed back (`--recipe-file`). It holds nothing that does not
+shape the output: no paths, no device, no number of workers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from roundel.algorithms import algorithm_named
+from roundel.errors import RecipeError, nearest
+from roundel.formats import format_named
+from roundel.scheme import MIXES, Mix, Scheme
+
+__all__ = ["Choice", "Recipe", "matches", "parse_layer_config", "parse_size"]
+
+_SIZE_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The scheme a layer gets (None: it stays in full precision), and where that was decided."""
+
+    scheme: Scheme | None
+    origin: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The wish: which numbers, chosen how, stored how.
+
+    scheme          a preset's name, a mix's name, or W<bits>A16[G<group>][_ASYM]
+    bits, group_size, sym   replace that part of an integer scheme; None keeps the scheme's
+    algorithm       what chooses the codes
+    formats         the formats to write, in one pass; more than one go to a folder each
+    layer_config    pattern -> preset name, or {scheme, bits, group_size, sym}; {"bits": 16} keeps layers. Exact names
+                    win over patterns, later patterns over earlier ones
+    ignore_layers   patterns of layers to keep in full precision
+    quant_lm_head   whether the output head is rounded too
+    shard_size      largest output file, as bytes or "5GB"
+    strict          whether a fallback is an error instead of a row of the report
+
+    Raises RecipeError for a wish that makes no sense whatever the model.
+    """
+
+    scheme: str = "W4A16"
+    bits: int | None = None
+    group_size: int | None = None
+    sym: bool | None = None
+    algorithm: str = "rtn"
+    formats: tuple[str, ...] = ("auto_round",)
+    layer_config: Mapping[str, str | Mapping[str, object]] = field(default_factory=dict)
+    ignore_layers: tuple[str, ...] = ()
+    quant_lm_head: bool = False
+    shard_size: str | int = "5GB"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "formats", tuple(format_named(f).name for f in self.formats))
+        object.__setattr__(self, "ignore_layers", tuple(self.ignore_layers))
+        if not self.formats:
+            raise RecipeError("No format is asked for. Name at least one, such as auto_round.")
+        if len(set(self.formats)) < len(self.formats):
+            raise RecipeError(f"Format {self.formats[0]} is asked for twice. Name each format once.")
+        algorithm_named(self.algorithm)
+        parse_size(self.shard_size)
+        self.default_for("linear")
+        for pattern, value in self.layer_config.items():
+            compiled(pattern)
+            scheme_of_entry(pattern, value, self.default_for("linear"))
+        for pattern in self.ignore_layers:
+            compiled(pattern)
+
+    def default_for(self, role: str) -> Scheme:
+        """The scheme of a layer that no override names."""
+        mix = _mix(self.scheme)
+        name = self.scheme if mix is None else (mix.experts if role == "expert" else mix.others)
+        if mix is not None and self.bits is not None:
+            raise RecipeError(
+                f"bits={self.bits} does not go with {mix.name}, which mixes widths itself. Drop one of the two."
+            )
+        return Scheme.parse(name).altered(bits=self.bits, group_size=self.group_size, sym=self.sym)
+
+    def to_dict(self) -> dict[str, object]:
+        """Only what differs from the defaults, ready for JSON, and fit for `from_dict`."""
+        default = Recipe()
+        found = {k: v for k, v in asdict(self).items() if v != getattr(default, k)}
+        return {"scheme": self.scheme, "algorithm": self.algorithm, "formats": list(self.formats)} | {
+            k: list(v) if isinstance(v, tuple) else v for k, v in found.items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> Recipe:
+        """Raises RecipeError for a field that does not exist or a value of the wrong type."""
+        known = {f.name for f in fields(cls)}
+        for key in values:
+            if key not in known:
+                raise RecipeError(
+                    f"A recipe has no field {key!r}.{nearest(key, known)} Fields are {', '.join(sorted(known))}."
+                )
+        clean = dict(values)
+        for key, kind in (
+            ("scheme", str),
+            ("algorithm", str),
+            ("quant_lm_head", bool),
+            ("strict", bool),
+            ("layer_config", Mapping),
+        ):
+            if key in clean and not isinstance(clean[key], kind):
+                raise RecipeError(
+                    f"Recipe field {key} is {clean[key]!r}; it takes "
+                    f"{'a mapping' if kind is Mapping else kind.__name__}."
+                )
+        for key in ("formats", "ignore_layers"):
+            value = clean.get(key, ())
+            if isinstance(value, str):
+                clean[key] = tuple(part.strip() for part in value.split(",") if part.strip())
+            elif not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
+                raise RecipeError(f"Recipe field {key} is {value!r}; it takes a list of names.")
+            elif key in clean:
+                clean[key] = tuple(value)
+        return cls(**clean)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: Path) -> Recipe:
+        """From a JSON or YAML file. Raises RecipeError when it cannot be read or means nothing."""
+        return cls.from_dict(_read_mapping(_read_text(path), str(path)))
+
+
+def matches(pattern: str, names: Iterable[str]) -> set[str]:
+    """The module names a pattern means.
+
+    A plain pattern (letters, digits, `_`, `-`, `.`) means the module of that name, else every module that has it as
+    whole components (`layers.1` is not `layers.10`, `gate` is not `gate_proj`), else every module it is a part of.
+    Anything else is a regular expression that may match anywhere in the name.
+    """
+    names = list(names)
+    if pattern in names:
+        return {pattern}
+    if re.fullmatch(r"[\w.\-]+", pattern):
+        inner = re.escape(pattern.strip("."))
+        whole = {n for n in names if re.search(rf"(^|\.){inner}(\.|$)", n)}
+        return whole or {n for n in names if re.search(inner + r"(?!\d)" if pattern[-1].isdigit() else inner, n)}
+    expression = compiled(pattern)
+    return {n for n in names if expression.search(n)}
+
+
+def compiled(pattern: str) -> re.Pattern[str]:
+    """A pattern as a regular expression. Raises RecipeError when it is not one."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise RecipeError(
+            f"Layer pattern {pattern!r} is not a regular expression: {error}. Escape special characters or use a "
+            f"plain name."
+        ) from error
+
+
+def scheme_of_entry(pattern: str, value: object, default: Scheme) -> Scheme | None:
+    """What one entry of layer_config asks for; None keeps the layer. Raises RecipeError naming the pattern."""
+    try:
+        if isinstance(value, str):
+            return None if value.upper() in ("BF16", "FP16", "KEEP") else Scheme.parse(value)
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"{value!r} is neither a preset's name nor a mapping of scheme, bits, group_size, sym.")
+        if value.get("bits") == 16 or str(value.get("scheme", "")).upper() in ("BF16", "FP16"):
+            return None
+        return Scheme.parse(value if "scheme" in value else {"scheme": default.name, **value})
+    except RecipeError as error:
+        raise RecipeError(f"layer_config {pattern!r}: {error}") from error
+
+
+def parse_layer_config(text: str) -> dict[str, str | Mapping[str, object]]:
+    """JSON, YAML, the relaxed `{k_proj:{bits:8}}`, or `@file` holding one of them.
+
+    Raises RecipeError when none of them reads as a mapping.
+    """
+    if text.startswith("@"):
+        path = Path(text[1:]).expanduser()
+        found = _read_mapping(_read_text(path), str(path))
+    else:
+        found = _read_mapping(text, "layer_config")
+    for pattern, value in found.items():
+        if not isinstance(value, (str, Mapping)):
+            raise RecipeError(
+                f"layer_config {pattern!r}: {value!r} is neither a preset's name nor a mapping of scheme, bits, "
+                f"group_size, sym."
+            )
+    return found  # type: ignore[return-value]
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes from 5000000000, "5GB" or "500MiB". Raises RecipeError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    if found is None or found[2].upper() not in _SIZE_UNITS:
+        raise RecipeError(
+            f"{size!r} is not a size. Write bytes, or a number with KB, MB, GB, KiB, MiB or GiB, such as 5GB."
+        )
+    count = int(float(found[1]) * _SIZE_UNITS[found[2].upper()])
+    if count < 1:
+        raise RecipeError(f"{size!r} is too small a size for a file.")
+    return count
+
+
+def _mix(name: str) -> Mix | None:
+    return MIXES.get(name.strip().upper())
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}. Pass a JSON or YAML file.") from error
+
+
+def _read_mapping(text: str, what: str) -> dict[str, object]:
+    import yaml
+
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        try:
+            found = yaml.safe_load(_relaxed(text) if text.lstrip().startswith("{") else text)
+        except yaml.YAMLError:
+            found = None
+    if isinstance(found, dict) and all(isinstance(k, str) and found[k] is not None for k in found):
+        return found
+    raise RecipeError(
+        f"{what} is not a mapping in JSON or YAML: {text[:80]!r}. Write {{k_proj: {{bits: 8}}}} or @file."
+    )
+
+
+def _relaxed(text: str) -> str:
+    """`{k_proj:{bits:8}}` -> YAML: a space after every colon outside quotes."""
+    return re.sub(r"(\"[^\"]*\"|'[^']*')|:(?=\S)", lambda m: m[1] or ": ", text)

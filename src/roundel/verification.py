@@ -1,0 +1,209 @@
+"""Reading a written checkpoint back: is everything there, finite, and as close to the source as it should be."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from roundel.checkpoint import Checkpoint, Matrix, open_checkpoint
+from roundel.errors import SourceError
+from roundel.fusion import Errors
+from roundel.report import REPORT
+from roundel.unit import Piece
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Check", "Verification", "verify", "verify_checkpoint"]
+
+WORST_SQNR = 0.0  # decibel; below it a layer is worse than zeros
+REPORT_TOLERANCE = 0.05  # decibel between what the run reported and what is read back
+SLAB_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One layer or tensor: what it is on, how close it is (None without a source), what is wrong with it (None:
+    nothing)."""
+
+    name: str
+    scheme: str
+    sqnr: float | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """The checks of a checkpoint. `problems` is empty when all is well."""
+
+    name: str
+    against: str | None
+    checks: tuple[Check, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+    @property
+    def mean_sqnr(self) -> float | None:
+        found = [c.sqnr for c in self.checks if c.sqnr is not None and math.isfinite(c.sqnr)]
+        return sum(found) / len(found) if found else None
+
+    @property
+    def worst(self) -> Check | None:
+        return min((c for c in self.checks if c.sqnr is not None), key=lambda c: c.sqnr or 0.0, default=None)
+
+
+def verify(
+    out: str | Path, against: str | Path | None = None, progress: Callable[[str], None] | None = None
+) -> Verification:
+    """Read every packed weight of a checkpoint back.
+
+    against   the model it was made from: adds signal-to-noise per layer, and that kept tensors are unchanged
+    Raises SourceError when either cannot be opened at all (truncated, unfinished, not a model).
+    """
+    checkpoint = open_checkpoint(out)
+    source = open_checkpoint(against) if against is not None else None
+    try:
+        return verify_checkpoint(checkpoint, source, progress)
+    finally:
+        checkpoint.close()
+        if source is not None:
+            source.close()
+
+
+def verify_checkpoint(
+    checkpoint: Checkpoint, source: Checkpoint | None, progress: Callable[[str], None] | None = None
+) -> Verification:
+    """`verify` for opened checkpoints, holding one layer at a time."""
+    reported = _reported(checkpoint)
+    checks: list[Check] = []
+    for matrix in checkpoint.matrices.values():
+        if matrix.stored.scheme is None:
+            continue
+        checks.append(_check_layer(checkpoint, matrix, source, reported.get(matrix.name)))
+        if progress is not None:
+            progress(matrix.name)
+    packed = {
+        p.tensor for m in checkpoint.matrices.values() if m.stored.scheme is not None for p in m.stored.parts.values()
+    }
+    for name, spec in checkpoint.source.tensors.items():
+        if name not in packed and spec.dtype in ("BF16", "F16", "F32"):
+            checks.append(_check_kept(checkpoint, name, source))
+            if progress is not None:
+                progress(name)
+    problems = [f"{c.name}: {c.problem}" for c in checks if c.problem is not None]
+    problems += [f"{name}: it is missing" for name in _missing(checkpoint, source, reported)]
+    return Verification(
+        name=checkpoint.source.name,
+        against=source.source.name if source else None,
+        checks=tuple(checks),
+        problems=tuple(problems),
+    )
+
+
+def _check_layer(checkpoint: Checkpoint, matrix: Matrix, source: Checkpoint | None, reported: float | None) -> Check:
+    import torch
+
+    assert matrix.stored.scheme is not None
+    scheme, sqnr = matrix.stored.scheme.name, None
+    try:
+        weight = checkpoint.decode(matrix.name)
+    except SourceError as error:
+        return Check(name=matrix.name, scheme=scheme, problem=str(error))
+    finite = torch.isfinite(weight)
+    if not bool(finite.all()):
+        row, column = (int(i) for i in (~finite).nonzero()[0])
+        return Check(
+            name=matrix.name, scheme=scheme, problem=f"weight [{row}, {column}] is {float(weight[row, column])}"
+        )
+    original = _original(source, matrix) if source is not None else None
+    if isinstance(original, str):
+        return Check(name=matrix.name, scheme=scheme, problem=original)
+    problem = None
+    if original is not None:
+        sqnr = _sqnr(original, weight)
+        if sqnr < WORST_SQNR:
+            problem = f"signal to noise is {sqnr:.2f} dB: further from the source than zeros are"
+        elif reported is not None and math.isfinite(reported) and abs(sqnr - reported) > REPORT_TOLERANCE:
+            problem = f"signal to noise is {sqnr:.2f} dB, and the run that wrote it reported {reported:.2f}"
+    return Check(name=matrix.name, scheme=scheme, sqnr=sqnr, problem=problem)
+
+
+def _original(source: Checkpoint, matrix: Matrix) -> Tensor | str:
+    """The source's weights of a layer, or what is wrong."""
+    found = source.matrices.get(matrix.name)
+    if found is None and matrix.name == source.family.head and source.is_tied:
+        found = source.tied_head()
+    if found is None:
+        return "the source has no such layer"
+    if found.shape != matrix.shape:
+        return f"it is {list(matrix.shape)}, in the source {list(found.shape)}"
+    return source.weights(found.layer()).float()
+
+
+def _sqnr(original: Tensor, weight: Tensor) -> float:
+    signal = float(original.double().square().sum())
+    return Errors(signal, float((original - weight).double().square().sum())).sqnr
+
+
+def _check_kept(checkpoint: Checkpoint, name: str, source: Checkpoint | None) -> Check:
+    """A tensor that is not packed: finite, and the same bytes as in the source where the source has it in this form."""
+    spec = checkpoint.source.tensors[name]
+    same = source is not None and name in source.source.tensors and source.source.tensors[name] == spec
+    for start, stop in _slabs(spec.shape, spec.nbytes):
+        piece = Piece(tensor=name, start=start, stop=stop)
+        raw = checkpoint.source.read(piece)
+        bad = _first_not_finite(raw, spec.dtype)
+        if bad is not None:
+            return Check(name=name, scheme=spec.dtype, problem=f"value {bad} of rows {start} to {stop} is not finite")
+        if same and source is not None and not np.array_equal(raw, source.source.read(piece)):
+            return Check(name=name, scheme=spec.dtype, problem="it differs from the source, and was to be kept")
+    return Check(name=name, scheme=spec.dtype)
+
+
+def _slabs(shape: tuple[int, ...], nbytes: int) -> list[tuple[int, int]]:
+    rows = shape[0] if shape else 1
+    step = max(1, SLAB_BYTES * rows // max(1, nbytes))
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _first_not_finite(raw: np.ndarray, dtype: str) -> int | None:
+    """Flat index of the first NaN or infinity among stored floats."""
+    masks = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
+    kind, exponent = masks[dtype]
+    bits = raw.view(kind)
+    found = np.flatnonzero((bits & kind(exponent)) == exponent)
+    return int(found[0]) if len(found) else None
+
+
+def _reported(checkpoint: Checkpoint) -> dict[str, float]:
+    """What the run that wrote the checkpoint reported, by layer; nothing for other tools' files."""
+    if REPORT not in checkpoint.source.files.files:
+        return {}
+    try:
+        rows = json.loads(checkpoint.source.files.fetch(REPORT).read_text()).get("rows", [])
+        return {str(r["name"]): float(r["sqnr"]) for r in rows if "sqnr" in r}
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return {}
+
+
+def _missing(checkpoint: Checkpoint, source: Checkpoint | None, reported: dict[str, float]) -> list[str]:
+    """Layers the run reported or the source has, and the checkpoint lacks; and kept tensors likewise."""
+    missing = [name for name in reported if name not in checkpoint.matrices]
+    if source is not None:
+        held = {p.tensor for m in source.matrices.values() for p in m.stored.parts.values()}
+        biases = {m.bias[1].tensor for m in source.matrices.values() if m.bias is not None}
+        missing += [m for m in source.matrices if m not in checkpoint.matrices and m not in missing]
+        gone = set(source.dropped)
+        missing += [
+            n for n in source.source.tensors if n not in held | biases | gone and n not in checkpoint.source.tensors
+        ]
+    return missing
