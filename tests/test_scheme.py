@@ -25,8 +25,14 @@ def test_mx_presets_round_weights_by_floor_and_inputs_as_named() -> None:
 
 @pytest.mark.parametrize(
     ("text", "bits", "group", "sym"),
-    [("w4a16", 4, 128, True), ("W3A16G64_ASYM", 3, 64, False), ("int4", 4, 128, True), ("W4A16G-1", 4, -1, True), ("W4A16_ASYM", 4, 128, False)],
-)  # fmt: skip
+    [
+        ("w4a16", 4, 128, True),
+        ("W3A16G64_ASYM", 3, 64, False),
+        ("int4", 4, 128, True),
+        ("W4A16G-1", 4, -1, True),
+        ("W4A16_ASYM", 4, 128, False),
+    ],
+)
 def test_spellings(text: str, bits: int, group: int, sym: bool) -> None:
     scheme = Scheme.parse(text)
     assert (scheme.bits, scheme.group_size, scheme.weight.symmetric) == (bits, group, sym)

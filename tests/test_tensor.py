@@ -61,18 +61,22 @@ def test_decode_is_the_law(width: int) -> None:
         assert torch.equal(case.decode(), slow_decode(case))
 
 
+ONE, TWO = torch.ones(2, 1), torch.ones(2, 2)
+SIGNED, UNSIGNED = torch.zeros(2, 32, dtype=torch.int8), torch.zeros(2, 32, dtype=torch.uint8)
+
+
 @pytest.mark.parametrize(
     ("grid", "fields"),
     [
-        (SYM, {"codes": torch.full((2, 32), 8, dtype=torch.int8), "scale": torch.ones(2, 1)}),
-        (SYM, {"codes": torch.zeros(2, 32, dtype=torch.int8), "scale": torch.ones(2, 2)}),
-        (SYM, {"codes": torch.zeros(2, 32, dtype=torch.int8), "scale": torch.ones(2, 1), "zero": torch.ones(2, 1)}),
-        (ASYM, {"codes": torch.zeros(2, 32, dtype=torch.uint8), "scale": torch.ones(2, 1)}),
-        (ASYM, {"codes": torch.zeros(2, 32, dtype=torch.uint8), "scale": torch.ones(2, 1), "zero": torch.ones(1, 1)}),
-        (ASYM, {"codes": torch.zeros(2, 32, dtype=torch.uint8), "scale": torch.ones(2, 1), "zero": torch.ones(2, 1), "offset": torch.ones(2, 1)}),
-        (SYM, {"codes": torch.zeros(32, dtype=torch.int8), "scale": torch.ones(2, 1)}),
+        (SYM, {"codes": SIGNED + 8, "scale": ONE}),
+        (SYM, {"codes": SIGNED, "scale": TWO}),
+        (SYM, {"codes": SIGNED, "scale": ONE, "zero": ONE}),
+        (SYM, {"codes": SIGNED[0], "scale": ONE}),
+        (ASYM, {"codes": UNSIGNED, "scale": ONE}),
+        (ASYM, {"codes": UNSIGNED, "scale": ONE, "zero": ONE[:1]}),
+        (ASYM, {"codes": UNSIGNED, "scale": ONE, "zero": ONE, "offset": ONE}),
     ],
-)  # fmt: skip
+)
 def test_disagreement_with_the_grid_is_refused(grid: Grid, fields: dict[str, torch.Tensor]) -> None:
     with pytest.raises(GridError):
         QuantizedTensor(grid=grid, **fields)

@@ -416,7 +416,9 @@ def _notes(
             "becomes false"
         )
     same = sum(
-        1 for layer in layers if layer.stored.scheme is not None and layer.stored.scheme.weight == layer.scheme.weight
+        1
+        for layer in layers
+        if layer.stored.scheme is not None and layer.stored.scheme.weight.equals(layer.scheme.weight)
     )
     if same:
         notes.append(f"{same} layers are on the asked grid already: their codes are moved over without rounding")

@@ -96,6 +96,10 @@ class Grid:
     exponent: Literal["floor", "rceil"] = "floor"
     lowest_zero: int = 0
 
+    def equals(self, other: Grid) -> bool:
+        """Whether codes on the one are codes on the other, a limit on zero points left aside."""
+        return replace(self, lowest_zero=0) == replace(other, lowest_zero=0)
+
     def blocks(self, shape: tuple[int, int]) -> tuple[int, int]:
         """How many blocks a matrix of this shape has along [out, in]."""
         rows, columns = self.block_of(shape)

@@ -144,7 +144,7 @@ def test_autoround_settles_by_what_all_layers_are() -> None:
 
 def test_awq_holds_one_scheme() -> None:
     layers = [replace(layer_of(Scheme.parse(s), (64, 128)), name=s) for s in ("W4A16", "W4A16G64")]
-    with pytest.raises(PlanError, match="one scheme|one\\s+scheme"):
+    with pytest.raises(PlanError, match="one scheme"):
         FORMATS["auto_awq"].settle(layers)
 
 

@@ -11,6 +11,7 @@ Inputs times bits fill whole words; where outputs times bits do not, zeros follo
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from roundel.errors import SourceError
@@ -167,7 +168,10 @@ def find_words(
             )
         group_size = width // groups if groups > 1 else -1
     used = tuple(p for p in ("qweight", "qzeros", "scales", "g_idx") if p in parts)
-    return Found(shape=(out, width), scheme=integer_scheme(bits, group_size or -1, symmetric), parts=used)
+    scheme = integer_scheme(bits, group_size or -1, symmetric)
+    if parts["scales"].dtype != "F16":  # other tools write bfloat16 too; codes move over only onto the same scales
+        scheme = replace(scheme, weight=replace(scheme.weight, scale=parts["scales"].dtype))
+    return Found(shape=(out, width), scheme=scheme, parts=used)
 
 
 def _bits(declared: object, out: int, words: int) -> int:

@@ -39,7 +39,8 @@ def unpack_rows(words: Tensor, bits: int) -> Tensor:
 
 
 def pack_stream(codes: Tensor, bits: int) -> Tensor:
-    """`pack_rows` for any number of codes: [rows, n] -> [rows, ceil(n * bits / 32)], the last word filled with zeros."""
+    """`pack_rows` for any number of codes: [rows, n] -> [rows, ceil(n * bits / 32)], the last word filled with
+    zeros."""
     words = -(-codes.shape[1] * bits // 32)
     return pack_rows(functional.pad(codes, (0, -codes.shape[1] % (32 // math.gcd(bits, 32)))), bits)[
         :, :words

@@ -31,43 +31,56 @@ def _squeeze(octet, bits):  # type: ignore[no-untyped-def]
 
 
 @_jit
+def _pack_row(octets, bits, tile, column):  # type: ignore[no-untyped-def]
+    """One row of codes -> its words, down one column of a tile."""
+    count = octets.shape[0]
+    if bits == 4:
+        for k in range(count):
+            tile[k, column] = np.uint32(_squeeze(octets[k], 4))
+    elif bits == 8:
+        for k in range(count):
+            tile[2 * k, column] = np.uint32(octets[k])
+            tile[2 * k + 1, column] = np.uint32(octets[k] >> np.uint64(32))
+    else:
+        for k in range(0, count, 4):
+            held = np.uint64(0)  # bits not yet written, lowest first
+            filled = 0
+            at = k // 4 * bits
+            for j in range(4):
+                octet = _squeeze(octets[k + j], bits)
+                held |= octet << np.uint64(filled)
+                taken = min(64 - filled, 8 * bits)
+                filled += taken
+                while filled >= 32:
+                    tile[at, column] = np.uint32(held & np.uint64(0xFFFFFFFF))
+                    at += 1
+                    held >>= np.uint64(32)
+                    filled -= 32
+                if taken < 8 * bits:
+                    held |= (octet >> np.uint64(taken)) << np.uint64(filled)
+                    filled += 8 * bits - taken
+
+
+@_jit
 def pack_columns(octets, bits, words, first):  # type: ignore[no-untyped-def]
     """Rows of codes -> columns of words: words[k, first + row] holds the row's k-th word (GPTQ's order).
 
     octets   [rows, in / 8] uint64: eight unsigned codes a byte each; in divisible by 32
     words    [in * bits / 32, all rows] uint32, filled at columns first .. first + rows
+
+    A tile of rows is packed into a small buffer first: rows of `words` lie a power of two apart too often for the
+    cache.
     """
     rows, count = octets.shape
-    for tile in range(0, rows, _TILE):
-        stop = min(tile + _TILE, rows)
-        if bits == 4:
-            for row in range(tile, stop):
-                for k in range(count):
-                    words[k, first + row] = np.uint32(_squeeze(octets[row, k], 4))
-        elif bits == 8:
-            for row in range(tile, stop):
-                for k in range(count):
-                    words[2 * k, first + row] = np.uint32(octets[row, k])
-                    words[2 * k + 1, first + row] = np.uint32(octets[row, k] >> np.uint64(32))
-        else:
-            for row in range(tile, stop):
-                for k in range(0, count, 4):
-                    held = np.uint64(0)  # bits not yet written, lowest first
-                    filled = 0
-                    at = k // 4 * bits
-                    for j in range(4):
-                        octet = _squeeze(octets[row, k + j], bits)
-                        held |= octet << np.uint64(filled)
-                        taken = min(64 - filled, 8 * bits)
-                        filled += taken
-                        while filled >= 32:
-                            words[at, first + row] = np.uint32(held & np.uint64(0xFFFFFFFF))
-                            at += 1
-                            held >>= np.uint64(32)
-                            filled -= 32
-                        if taken < 8 * bits:
-                            held |= (octet >> np.uint64(taken)) << np.uint64(filled)
-                            filled += 8 * bits - taken
+    height = count * bits // 4
+    tile = np.empty((height, _TILE), dtype=np.uint32)
+    for begin in range(0, rows, _TILE):
+        stop = min(begin + _TILE, rows)
+        for row in range(begin, stop):
+            _pack_row(octets[row], bits, tile, row - begin)
+        for k in range(height):
+            for column in range(stop - begin):
+                words[k, first + begin + column] = tile[k, column]
 
 
 @_jit

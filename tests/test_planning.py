@@ -1,0 +1,155 @@
+"""Plans: every tensor accounted for, every wish answered, all problems at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from models.pico import PICO_TYPES, build
+from roundel.checkpoint import open_checkpoint
+from roundel.errors import PlanError
+from roundel.planning import Plan, build_plan
+from roundel.recipe import Recipe
+
+
+def plan_of(folder: Path, **wishes: object) -> Plan:
+    checkpoint = open_checkpoint(folder)
+    try:
+        return build_plan(checkpoint, Recipe(**wishes))  # type: ignore[arg-type]
+    finally:
+        checkpoint.close()
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.mark.parametrize("model_type", PICO_TYPES)
+def test_every_family_plans_with_every_tensor_used_once(model_type: str, tmp_path: Path) -> None:
+    """No tensor is lost, none is written twice, and every matrix that stays says why."""
+    folder = build(model_type, tmp_path / "m")
+    checkpoint = open_checkpoint(folder)
+    try:
+        plan = build_plan(checkpoint, Recipe(scheme="W4A16G32"))
+    except PlanError as error:
+        assert model_type == "gpt2", error  # every matrix of GPT-2 is a Conv1D
+        assert "every matrix is kept" in str(error)
+        return
+    finally:
+        checkpoint.close()
+    assert not checkpoint.family.guess
+    read: list[str] = []
+    for work in plan.works:
+        if work.layer is not None:
+            read += [p.tensor for p in work.layer.stored.parts.values()]
+        read += [c.piece.tensor for c in work.copies]
+    assert set(read) | set(checkpoint.dropped) == set(checkpoint.source.tensors)
+    written = [name for shard in plan.outputs[0].shards for name in shard.places]
+    assert len(written) == len(set(written))
+    assert all(k.reason for k in plan.kept)
+    assert len({w.name for w in plan.works}) == len(plan.works)
+
+
+def test_all_problems_at_once(llama: Path) -> None:
+    with pytest.raises(PlanError) as caught:
+        plan_of(
+            llama,
+            scheme="W5A16G32",
+            formats=("auto_gptq", "auto_awq"),
+            layer_config={"k_prj": "W8A16"},
+            ignore_layers=("zzz",),
+        )
+    text = str(caught.value)
+    assert len(caught.value.problems) == 4
+    for words in (
+        "k_prj",
+        "Did you mean 'k_proj'",
+        "zzz",
+        "auto_gptq stores",
+        "auto_awq stores 4-bit only",
+        "Use format auto_round",
+    ):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("layer_config", "layer", "name"),
+    [
+        ({"k_proj": {"bits": 8}}, "model.layers.1.self_attn.k_proj", "W8A16G32"),
+        ({"model.layers.1.self_attn.k_proj": "W2A16G32"}, "model.layers.1.self_attn.k_proj", "W2A16G32"),
+        ({r"layers\.[01]\.mlp": {"bits": 3}}, "model.layers.1.mlp.up_proj", "W3A16G32"),
+        ({"layers.1": {"bits": 8}}, "model.layers.1.mlp.up_proj", "W8A16G32"),
+        ({"model.layers.1.mlp.up_proj": "W2A16G32", "up_proj": "W8A16G32"}, "model.layers.1.mlp.up_proj", "W2A16G32"),
+        ({"mlp": "W8A16G32", "up_proj": {"bits": 2}}, "model.layers.1.mlp.up_proj", "W2A16G32"),
+        ({"_proj": {"sym": False}}, "model.layers.1.mlp.up_proj", "W4A16G32_ASYM"),
+    ],
+)
+def test_overrides(llama: Path, layer_config: dict[str, object], layer: str, name: str) -> None:
+    plan = plan_of(llama, scheme="W4A16G32", layer_config=layer_config)
+    found = next(x for x in plan.layers if x.name == layer)
+    assert found.scheme.name == name
+    assert "layer_config" in plan.origins[layer]
+
+
+def test_override_of_one_block_is_not_of_ten(tmp_path: Path) -> None:
+    folder = build("llama", tmp_path, num_hidden_layers=11)
+    plan = plan_of(folder, scheme="W4A16G32", layer_config={"layers.1": {"bits": 8}})
+    eight = {x.name.split(".")[2] for x in plan.layers if x.scheme.bits == 8}
+    assert eight == {"1"}
+
+
+def test_ignored_and_sixteen_bit_layers_stay(llama: Path) -> None:
+    plan = plan_of(llama, scheme="W4A16G32", ignore_layers=("down_proj",), layer_config={"q_proj": {"bits": 16}})
+    reasons = {k.name: k.reason for k in plan.kept}
+    assert reasons["model.layers.0.mlp.down_proj"] == "ignore_layers 'down_proj'"
+    assert reasons["model.layers.0.self_attn.q_proj"] == "layer_config 'q_proj'"
+    extra = plan.outputs[0].config["extra_config"]
+    assert extra["model.layers.0.mlp.down_proj"] == {"bits": 16, "data_type": "float"}  # type: ignore[index]
+
+
+def test_patterns_do_not_wake_kept_layers_but_exact_names_do(llama: Path) -> None:
+    with pytest.raises(PlanError, match="matches only matrices that are kept"):
+        plan_of(llama, scheme="W4A16G32", layer_config={"embed_tokens": "W8A16G32"})
+    plan = plan_of(llama, scheme="W4A16G32", layer_config={"lm_head": "W8A16G32"})
+    assert next(x for x in plan.layers if x.name == "lm_head").scheme.bits == 8
+
+
+def test_mix_gives_experts_their_own_width(tmp_path: Path) -> None:
+    plan = plan_of(build("qwen3_moe", tmp_path), scheme="W4A16_MIXED")
+    for layer in plan.layers:
+        assert layer.scheme.bits == (4 if ".experts." in layer.name else 8)
+
+
+def test_tied_head_is_untied_when_asked(tmp_path: Path) -> None:
+    folder = build("llama", tmp_path, tie_word_embeddings=True)
+    assert not plan_of(folder, scheme="W4A16G32").untied
+    plan = plan_of(folder, scheme="W4A16G32", quant_lm_head=True)
+    assert plan.untied
+    names = [n for s in plan.outputs[0].shards for n in s.places]
+    assert "lm_head.qweight" in names
+    assert "model.embed_tokens.weight" in names
+
+
+def test_plan_depends_on_what_shapes_the_output_and_nothing_else(llama: Path) -> None:
+    first = plan_of(llama, scheme="W4A16G32")
+    assert first.fingerprint == plan_of(llama, scheme="W4A16G32").fingerprint
+    assert first.fingerprint != plan_of(llama, scheme="W4A16G32", sym=False).fingerprint
+    assert first.fingerprint != plan_of(llama, scheme="W4A16G32", shard_size="50kB").fingerprint
+
+
+def test_nothing_to_round_is_said(llama: Path) -> None:
+    with pytest.raises(PlanError, match="every matrix is kept"):
+        plan_of(llama, scheme="W4A16G32", ignore_layers=("_proj",))
+
+
+def test_unknown_family_is_a_guess_that_says_so(tmp_path: Path) -> None:
+    import json
+
+    folder = build("llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "brand_new"}))
+    plan = plan_of(folder, scheme="W4A16G32")
+    assert "guess" in plan.family
+    assert any("brand_new" in note for note in plan.notes)
