@@ -1,0 +1,111 @@
+"""`roundel demo`: round the bundled model and measure what it cost. Needs no network and no model of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import nn
+
+    from roundel.evaluation.perplexity import Comparison, Tokenizer
+    from roundel.report import Report
+
+__all__ = ["demo"]
+
+WINDOW = 256  # tokens; the length the bundled model was trained on
+WRITTEN = 40  # tokens that each model adds to the prompt
+SEED, TEMPERATURE = 2, 0.7  # of what the models write
+
+
+@click.command(short_help="Quantize the bundled model and measure the result.")
+@click.option("--scheme", default="W4A16", show_default=True, help="The scheme, as `roundel quantize` takes it.")
+@click.option("--out", type=click.Path(path_type=Path), help="Keep the rounded model in this folder.")
+@click.option("--prompt", default="It was a dark night, and", show_default=True, help="What both models continue.")
+def demo(scheme: str, out: Path | None, prompt: str) -> None:
+    """Round the model that comes with roundel, verify the files, and compare it with the original on a text of its own.
+
+    \b
+    Examples:
+      roundel demo
+      roundel demo --scheme W2A16G64 --prompt "The captain said"
+    """
+    from tempfile import TemporaryDirectory
+
+    if out is not None:
+        _run(scheme, out, prompt)
+        click.echo(f"The rounded model is in {out}.")
+        return
+    with TemporaryDirectory(prefix="roundel-demo-") as folder:
+        _run(scheme, Path(folder) / "tinybook-rounded", prompt)
+
+
+def _run(scheme: str, out: Path, prompt: str) -> None:
+    from rich.status import Status
+
+    from roundel.api import quantize
+    from roundel.checkpoint import open_checkpoint
+    from roundel.cli.show import console
+    from roundel.data.bundled import bundled_model, bundled_text
+    from roundel.evaluation.models import decoded_model, float_model, logits_of, tokenizer_of
+    from roundel.evaluation.perplexity import compare, windows
+
+    source = bundled_model()
+    with Status("rounding", console=console) as status:
+        report = quantize(source, out, scheme=scheme)
+        status.update("verifying")
+        _verify(out, source)
+        checkpoint = open_checkpoint(out)
+        weights = {name: checkpoint.decode(name) for name in checkpoint.layers}
+        checkpoint.close()
+        status.update("comparing predictions")
+        tokenizer, before, after = tokenizer_of(source), float_model(source), decoded_model(out, weights)
+        text = bundled_text("evaluation").read_text(encoding="utf-8")
+        compared = compare(logits_of(before), logits_of(after), windows(text, tokenizer, WINDOW))
+    console.print(_table(scheme, report, compared))
+    console.print(f"{len(weights)} matrices rounded; the files were read back and hold what they should.\n")
+    _write({"bfloat16": before, scheme: after}, tokenizer, prompt)
+
+
+def _verify(out: Path, source: Path) -> None:
+    """Raises VerificationError when the files do not hold what they should."""
+    from roundel.errors import VerificationError
+    from roundel.verification import verify
+
+    problems = verify(out, against=source).problems
+    if problems:
+        raise VerificationError(f"{out} does not hold what it should: {problems[0]}. This is a bug of roundel's.")
+
+
+def _table(scheme: str, report: Report, compared: Comparison) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from roundel.card import size
+
+    plan = report.plan
+    table = Table("tinybook", title=f"{compared.tokens:,} tokens of its own text", title_justify="left")
+    table.add_column("bfloat16", justify="right")
+    table.add_column(escape(scheme), justify="right")
+    table.add_row("weights on disk", size(plan.source_bytes), size(plan.outputs[0].nbytes))
+    table.add_row("bits per rounded weight", "16.000", f"{plan.bits_per_weight:.3f}")
+    table.add_row("perplexity", f"{compared.perplexity_reference:.2f}", f"{compared.perplexity:.2f}")
+    table.add_row("KL divergence in nats, mean", "", f"{compared.kl_mean:.4f}")
+    table.add_row("KL divergence in nats, 99.9th percentile", "", f"{compared.kl_p999:.4f}")
+    table.add_row("same likeliest token", "", f"{compared.top1_agreement:.1%}")
+    return table
+
+
+def _write(models: dict[str, nn.Module], tokenizer: Tokenizer, prompt: str) -> None:
+    """What each model makes of the prompt, drawn with the same random numbers."""
+    from rich.markup import escape
+
+    from roundel.cli.show import console
+    from roundel.evaluation.models import continuation
+
+    for name, model in models.items():
+        written = continuation(model, tokenizer, prompt, WRITTEN, SEED, TEMPERATURE).replace("\n", " ")
+        console.print(f"[bold]{escape(name)}[/]: [dim]{escape(prompt)}[/]{escape(written)}")

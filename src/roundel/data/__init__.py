@@ -1,0 +1,1 @@
+"""What travels with the package: a small language model and texts sampled from it."""

@@ -1,0 +1,1 @@
+"""How much a rounded model differs from the one it came from."""
