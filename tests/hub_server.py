@@ -183,7 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _resolve(self, repo_id: str, revision: str, name: str) -> None:
         commit = self._commit(repo_id, revision)
         if commit is None:
-            return
+            return None
         if repo_id in self.hub.gated and self.seen.token not in self.hub.tokens:
             return self._refuse(403 if self.seen.token else 401, "GatedRepo")
         files = self.hub.commits[repo_id][commit]

@@ -52,7 +52,13 @@ def test_the_disk_holds_few_shards_at_a_time(hub: HubServer, local: Path, tmp_pa
     work = tmp_path / "o.download"
 
     def look(*_: object) -> None:
-        held.append(sum(p.stat().st_size for p in work.rglob("*") if p.is_file() and "header" not in p.parts and p.suffix == ".safetensors"))
+        held.append(
+            sum(
+                p.stat().st_size
+                for p in work.rglob("*")
+                if p.is_file() and "header" not in p.parts and p.suffix == ".safetensors"
+            )
+        )
 
     roundel.quantize(MODEL, tmp_path / "o", scheme="W4A16G32", workers=workers, progress=look)
     roundel.quantize(local, tmp_path / "l", scheme="W4A16G32")

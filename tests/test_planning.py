@@ -153,3 +153,11 @@ def test_unknown_family_is_a_guess_that_says_so(tmp_path: Path) -> None:
     plan = plan_of(folder, scheme="W4A16G32")
     assert "guess" in plan.family
     assert any("brand_new" in note for note in plan.notes)
+
+
+def test_a_routers_name_does_not_reach_the_gate_projections(tmp_path: Path) -> None:
+    folder = build("qwen3_moe", tmp_path)
+    plan = plan_of(folder, scheme="W4A16G32", ignore_layers=("gate",))
+    assert not any("gate_proj" in k.name for k in plan.kept)
+    with pytest.raises(PlanError, match="matches only matrices that are kept"):
+        plan_of(folder, scheme="W4A16G32", layer_config={"gate": "W8A16G32"})

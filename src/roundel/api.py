@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,14 +10,14 @@ from pathlib import Path
 from roundel.checkpoint import Checkpoint, open_checkpoint
 from roundel.errors import RecipeError
 from roundel.io.journal import read_journal
-from roundel.io.source import LocalFiles
-from roundel.output import clear, is_complete, prepare
+from roundel.io.source import LocalFiles, small_files
+from roundel.output import clear, is_complete, prepare, read_report
 from roundel.pipeline import Demoted, Progress, default_workers, run
 from roundel.planning import Plan, build_plan
 from roundel.recipe import Recipe
 from roundel.report import Report
 
-__all__ = ["plan", "quantize", "quantize_checkpoint"]
+__all__ = ["plan", "quantize", "quantize_checkpoint", "remove_downloads"]
 
 
 def plan(model: str | Path, *, recipe: Recipe | None = None, revision: str | None = None, **wishes: object) -> Plan:
@@ -56,14 +57,22 @@ def quantize(
     SourceError, or (with strict) NumericsError.
     """
     out, wish = Path(out), _recipe(recipe, wishes)
-    work = out.with_name(out.name + ".download")
+    work = downloads(out)
     checkpoint = open_checkpoint(model, revision, work)
     try:
-        return quantize_checkpoint(
+        report = quantize_checkpoint(
             checkpoint, out, wish, device=device, workers=workers, overwrite=overwrite, progress=progress
         )
     finally:
         checkpoint.close()
+    remove_downloads(work)
+    return report
+
+
+def remove_downloads(work: Path) -> None:
+    """What was fetched from the Hub for a run is not needed once the run is done."""
+    if (work / ".hub").is_dir():  # a folder of this name that is not ours stays
+        shutil.rmtree(work)
 
 
 def quantize_checkpoint(
@@ -80,11 +89,14 @@ def quantize_checkpoint(
     """`quantize` for a checkpoint that is open already. planned: its plan, where it was made already."""
     if workers is not None and workers < 1:
         raise RecipeError(f"workers={workers} is not possible: at least one is needed.")
-    demoted = {} if overwrite else _demoted(out)
+    check_device(device)
+    demoted = {} if overwrite else _demoted(out, recipe)
     made = planned if planned is not None and not demoted else build_plan(checkpoint, recipe, demoted)
     if not overwrite and is_complete(out, made):
         return Report(plan=made, folder=out, rows=(), seconds=0.0, already_complete=True)
     files = checkpoint.source.files
+    for name in small_files(checkpoint.source) if isinstance(files, LocalFiles) else ():
+        files.fetch(name)  # one that may not be read, or leaves the folder, shows before the first weight is read
     prepare(out, made, files.folder if isinstance(files, LocalFiles) else None, overwrite)
     while True:
         try:
@@ -97,10 +109,31 @@ def quantize_checkpoint(
             made = build_plan(checkpoint, recipe, demoted)
 
 
-def _demoted(out: Path) -> dict[str, str]:
-    """Layers an unfinished run found it cannot round."""
+def check_device(device: str, planning: bool = False) -> None:
+    """Raises RecipeError for a device that is unknown or, unless one is only planning, not there."""
+    if device == "cpu":
+        return
+    if not device.startswith("cuda"):
+        raise RecipeError(f"Unknown device {device!r}. Known are cpu and cuda.")
+    if planning:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RecipeError(f"Device {device!r} is not there: torch sees no CUDA device. Use --device cpu.")
+
+
+def downloads(out: Path) -> Path:
+    """Where the shards of a Hub model lie while OUT is made: beside it."""
+    out = out.resolve()
+    return out.parent / f"{out.name}.download"
+
+
+def _demoted(out: Path, recipe: Recipe) -> dict[str, str]:
+    """Layers that the run which began or made this output found it cannot round."""
     begun = read_journal(out)
-    found = begun[0].get("demoted") if begun is not None else None
+    head = begun[0] if begun is not None else read_report(out if len(recipe.formats) == 1 else out / recipe.formats[0])
+    found = head.get("demoted")
     return {str(k): str(v) for k, v in found.items()} if isinstance(found, Mapping) else {}
 
 

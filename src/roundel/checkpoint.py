@@ -145,14 +145,19 @@ class Checkpoint:
                 fused.append((*match, name))
             else:
                 module, _, part = name.rpartition(".")
-                modules.setdefault(module, {})[part] = spec
+                if module:
+                    modules.setdefault(module, {})[part] = spec
+                else:
+                    self.loose.append(name)
         for module, parts in modules.items():
             self._add(module, parts)
         self._add_experts(fused)
 
     def _add(self, module: str, parts: Mapping[str, TensorSpec]) -> None:
-        prefix = module + "." if module else ""
+        prefix = module + "."
         found = self.reader.find(module, parts) if self.reader is not None else None
+        if found is not None and 0 in found.shape:
+            raise SourceError(f"{module} is {list(found.shape)}, a matrix without weights. Fetch the checkpoint again.")
         if found is not None:
             assert self.reader is not None
             pieces = {part: Piece(tensor=prefix + part) for part in found.parts}
@@ -185,7 +190,8 @@ class Checkpoint:
     def _fused(self, name: str, spec: TensorSpec) -> tuple[FusedExperts, re.Match[str]] | None:
         for rule in self.family.fused_experts:
             match = re.fullmatch(rule.tensor, name)
-            if match is not None and len(spec.shape) >= (2 if rule.part == "bias" else 3):
+            whole = rule.part != "weight" or spec.dtype in FLOAT_DTYPES
+            if match is not None and whole and len(spec.shape) >= (2 if rule.part == "bias" else 3):
                 return rule, match
         return None
 
@@ -203,7 +209,8 @@ class Checkpoint:
                 out, width = pieces["weight"].shape(spec)
                 stored, dtype = Stored(parts=pieces), spec.dtype
             elif "blocks" in pieces and "scales" in pieces and self.reader is not None:
-                specs = {n: TensorSpec(n, "U8", p.shape(self.source.tensors[p.tensor])) for n, p in pieces.items()}
+                stored_as = {n: self.source.tensors[p.tensor] for n, p in pieces.items()}
+                specs = {n: TensorSpec(n, stored_as[n].dtype, p.shape(stored_as[n])) for n, p in pieces.items()}
                 found = self.reader.find(module, specs)
                 if found is None:
                     raise SourceError(f"{module}: its blocks and scales are not a layer of format {self.reader.name}.")

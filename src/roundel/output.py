@@ -5,10 +5,11 @@ An unfinished folder has a journal and no config.json, so nothing takes it for a
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from roundel.card import model_card, size
@@ -19,10 +20,11 @@ from roundel.io.source import INDEX, Source, small_files
 from roundel.planning import Output, Plan
 from roundel.report import REPORT, Report
 
-__all__ = ["clear", "finish", "folder_of", "is_complete", "open_shards", "prepare"]
+__all__ = ["clear", "finish", "folder_of", "is_complete", "is_intact", "open_shards", "prepare", "read_report"]
 
 CONFIG = "config.json"
-_OURS = (CONFIG, "quantization_config.json", "README.md", "recipe.json", REPORT, INDEX, JOURNAL, "journal.new")
+_JOURNAL_NEW = "journal.new"  # all there is when the first instant of a run was its last
+_OURS = (CONFIG, "quantization_config.json", "README.md", "recipe.json", REPORT, INDEX, JOURNAL, _JOURNAL_NEW)
 
 
 def folder_of(out: Path, plan: Plan, output: Output) -> Path:
@@ -34,53 +36,107 @@ def is_complete(out: Path, plan: Plan) -> bool:
     """Whether the folder holds the finished output of exactly this plan."""
     for output in plan.outputs:
         folder = folder_of(out, plan, output)
-        try:
-            report = json.loads((folder / REPORT).read_text())
-        except (OSError, ValueError):
+        if read_report(folder).get("fingerprint") != plan.fingerprint:
             return False
-        files = [CONFIG, *(s.name for s in output.shards)]
-        if report.get("fingerprint") != plan.fingerprint or not all((folder / f).is_file() for f in files):
+        if not (folder / CONFIG).is_file() or not all(_holds(folder / s.name, s.nbytes) for s in output.shards):
             return False
     return not (out / JOURNAL).exists()
 
 
+def read_report(folder: Path) -> dict[str, object]:
+    """The report of a written output; empty where there is none that can be read."""
+    try:
+        found = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def prepare(out: Path, plan: Plan, source_folder: Path | None, overwrite: bool) -> None:
     """Check that the output may and can be written. Raises OutputError before anything is touched."""
-    if source_folder is not None and out.resolve() == source_folder.resolve():
-        raise OutputError(f"{out} is the source itself. Choose another output folder.")
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file. Choose a folder.")
-    begun = (out / JOURNAL).exists()
-    if out.is_dir() and any(out.iterdir()) and not begun and not overwrite:
+    folders = _folders(out, plan)
+    if source_folder is not None:
+        _check_apart(folders, source_folder)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        found = {path.name for path in out.iterdir()}
+    except FileExistsError as error:
+        raise OutputError(f"{out} is a file. Choose a folder.") from error
+    except OSError as error:
+        raise OutputError(f"{out} cannot be made: {error.strerror}. Choose a folder you may write to.") from error
+    if not overwrite and JOURNAL not in found and not found <= {_JOURNAL_NEW}:
         raise OutputError(
             f"{out} is not empty and holds no unfinished run of roundel. Choose another folder, or pass "
             f"--overwrite to replace what is there."
         )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{out} cannot be made: {error.strerror}. Choose a folder you may write to.") from error
-    if not os.access(out, os.W_OK | os.X_OK):
-        raise OutputError(f"{out} may not be written: permission denied. Choose a folder you may write to.")
-    if overwrite:
-        clear(out, plan)
-    held = sum(f.stat().st_blocks * 512 for f in out.rglob("*.partial"))
+    for folder in folders:
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"{folder} is a file, and one format's folder. Choose another output folder.")
+        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+            raise OutputError(f"{folder} may not be written: permission denied. Choose a folder you may write to.")
+    held = sum(f.stat().st_blocks * 512 for f in _ours(folders))
     free = shutil.disk_usage(out).free + held
     if free < plan.nbytes:
         raise OutputError(
             f"{out} has {size(free)} free and the output takes {size(plan.nbytes)}. Free "
             f"{size(plan.nbytes - free)} or choose another disk."
         )
+    if overwrite:
+        clear(out, plan)
+
+
+def _check_apart(folders: Iterable[Path], source: Path) -> None:
+    """Nothing is written over the source, nor among the files of it that travel along."""
+    for folder in folders:
+        if folder.resolve() == source.resolve():
+            raise OutputError(f"{folder} is the source itself. Choose another output folder.")
+        if folder.resolve().is_relative_to(source.resolve()):
+            raise OutputError(f"{folder} lies in the source {source}. Choose an output folder outside of it.")
 
 
 def clear(out: Path, plan: Plan) -> None:
     """Remove an earlier output: the files roundel writes, and weights under any name; nothing else."""
-    for folder in {out, *(folder_of(out, plan, o) for o in plan.outputs)}:
-        if folder.is_dir():
-            (folder / CONFIG).unlink(missing_ok=True)  # first, so that what is left is no model
-            for path in folder.iterdir():
-                if path.is_file() and (path.name in _OURS or path.name.endswith((".safetensors", ".partial"))):
-                    path.unlink()
+    order = {CONFIG: 0, JOURNAL: 2}  # whatever is left by a crash is no model, and is known to be ours
+    for path in sorted(_ours(_folders(out, plan)), key=lambda path: order.get(path.name, 1)):
+        path.unlink()
+
+
+def is_intact(out: Path, plan: Plan, finished: int) -> bool:
+    """Whether the files that a journal of so many finished works speaks of are there.
+
+    Files have their final names only when all works are finished.
+    """
+    for output in plan.outputs:
+        for shard in output.shards:
+            path = folder_of(out, plan, output) / shard.name
+            whole = finished == len(plan.works) and _holds(path, shard.nbytes)
+            begun = not path.exists() and (not finished or _holds(_partial(path), shard.nbytes))
+            if not (whole or begun):
+                return False
+    return True
+
+
+def _holds(path: Path, nbytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == nbytes
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def _folders(out: Path, plan: Plan) -> list[Path]:
+    return list(dict.fromkeys([out, *(folder_of(out, plan, output) for output in plan.outputs)]))
+
+
+def _ours(folders: Iterable[Path]) -> list[Path]:
+    """The files that roundel writes, and weights under any name."""
+    return [
+        path
+        for folder in folders
+        if folder.is_dir()
+        for path in folder.iterdir()
+        if path.is_file() and (path.name in _OURS or path.name.endswith((".safetensors", ".partial")))
+    ]
 
 
 def open_shards(out: Path, plan: Plan) -> list[dict[str, Shard]]:
@@ -89,7 +145,10 @@ def open_shards(out: Path, plan: Plan) -> list[dict[str, Shard]]:
     opened: list[dict[str, Shard]] = []
     for output in plan.outputs:
         folder = folder_of(out, plan, output)
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise _failed(folder, error) from error
         by_tensor: dict[str, Shard] = {}
         for layout in output.shards:
             if (folder / layout.name).exists() and not (folder / (layout.name + ".partial")).exists():
@@ -115,7 +174,8 @@ def finish(out: Path, plan: Plan, source: Source, report: Report) -> None:
         _write(folder / "recipe.json", json.dumps(plan.recipe.to_dict(), indent=2) + "\n")
         _write(folder / REPORT, report.to_json(number))
         _write(folder / "README.md", model_card(plan, number))
-    _sync_folder(out)
+    for folder in _folders(out, plan):
+        _sync_folder(folder)
     for output in plan.outputs:
         folder = folder_of(out, plan, output)
         _write(folder / CONFIG, json.dumps(_config(source.config, output, plan.untied), indent=2) + "\n")
@@ -144,10 +204,16 @@ def _copy_small_files(source: Source, folder: Path) -> None:
                 continue
             raise
         target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
         fresh = target.with_name(target.name + ".new")
-        shutil.copyfile(path, fresh)
-        fresh.replace(target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("rb") as old, fresh.open("wb") as new:
+                shutil.copyfileobj(old, new)
+                new.flush()
+                os.fsync(new.fileno())
+            fresh.replace(target)
+        except OSError as error:
+            raise _failed(target, error) from error
 
 
 def _write(path: Path, text: str) -> None:
@@ -160,14 +226,21 @@ def _write(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         fresh.replace(path)
     except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror}. Free the disk and repeat the same command to continue."
-        ) from error
+        raise _failed(path, error) from error
+
+
+def _failed(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{path} cannot be written: {error.strerror}. Free the disk and repeat the same command to continue."
+    )
 
 
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot sync a folder
+            raise _failed(folder, error) from error
     finally:
         os.close(descriptor)

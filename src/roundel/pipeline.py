@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from roundel.errors import NumericsError
 from roundel.fusion import Errors, fuses, not_finite, round_and_pack
 from roundel.io.journal import Journal
 from roundel.io.safetensors import Shard
-from roundel.output import finish, open_shards
+from roundel.output import clear, finish, is_intact, open_shards
 from roundel.planning import Plan, Work
 from roundel.report import Report, Row
 from roundel.unit import Layer, Unit
@@ -77,24 +77,33 @@ def run(
     Raises Demoted when weights are not finite, after all of the model was looked at.
     """
     started = time.perf_counter()
-    journal = Journal(out, {**plan.identity(), "fingerprint": plan.fingerprint})
+    identity = {**plan.identity(), "fingerprint": plan.fingerprint}
+    journal = Journal(out, identity)
+    if not is_intact(out, plan, len(journal.finished)):
+        journal.close()
+        clear(out, plan)  # somebody took files away: what the journal says of them is worth nothing
+        journal = Journal(out, identity)
     resumed = len(journal.finished)
-    for row in journal.finished.values():
-        if progress is not None:
-            progress(_work_named(plan, str(row["name"])), Row.from_dict(row))
+    if progress is not None:
+        for work in plan.works:
+            if work.name in journal.finished:
+                progress(work, Row.from_dict(journal.finished[work.name]))
     shards = open_shards(out, plan)
     opened = {id(s): s for by_tensor in shards for s in by_tensor.values()}
     committer = _Committer(journal, tuple(opened.values()))
     loop = _Loop(plan, checkpoint, shards, device, committer, progress)
     try:
-        loop.go([w for w in plan.works if w.name not in journal.finished], workers)
-    finally:
-        committer.close()
-    if loop.bad:
+        try:
+            loop.go([w for w in plan.works if w.name not in journal.finished], workers)
+        finally:
+            committer.close()
+        if loop.bad:
+            raise Demoted({w.name: loop.bad[w.name] for w in plan.works if w.name in loop.bad})
+    except BaseException:
         for shard in opened.values():
             shard.close()
         journal.close()
-        raise Demoted(loop.bad)
+        raise
     for shard in opened.values():
         shard.finish()
     rows = tuple(Row.from_dict(journal.finished[w.name]) for w in plan.works)
@@ -255,15 +264,12 @@ class _Loop:
     def _quantize(self, layer: Layer) -> tuple[Tensor, QuantizedTensor]:
         import torch
 
-        stored = layer.stored
-        if stored.scheme is not None and stored.scheme.weight == layer.scheme.weight:
-            quantized = self.checkpoint.unpack(layer)  # on the asked grid already: nothing to round
-            return quantized.decode(), quantized
-        weight = _to_device(self.checkpoint.weights(layer), self.device)
-        finite = torch.isfinite(weight)
-        if not bool(finite.all()):
-            row, column = (int(i) for i in (~finite).nonzero()[0])
-            raise not_finite(layer, row, column, float(weight[row, column]))
+        grid = layer.scheme.weight
+        if layer.stored.scheme is not None and layer.stored.scheme.weight.equals(grid):
+            quantized = replace(self.checkpoint.unpack(layer), grid=grid)
+            if quantized.zero is None or int(quantized.zero.min()) >= grid.lowest_zero:
+                return _finite(layer, quantized.decode()), quantized  # on the asked grid already: nothing to round
+        weight = _finite(layer, _to_device(self.checkpoint.weights(layer), self.device))
         quantized = algorithm_named(self.plan.recipe.algorithm).quantize(
             Unit(layers=(layer,), weights={layer.name: weight})
         )[layer.name]
@@ -289,6 +295,17 @@ class _Loop:
                 for name, data in tensors.items():
                     by_tensor[name].put(name, data)
                     nbytes[number] += len(data)
+
+
+def _finite(layer: Layer, weight: Tensor) -> Tensor:
+    """The weight itself. Raises NumericsError naming its first value that is not finite."""
+    import torch
+
+    finite = torch.isfinite(weight)
+    if not bool(finite.all()):
+        row, column = (int(i) for i in (~finite).nonzero()[0])
+        raise not_finite(layer, row, column, float(weight[row, column]))
+    return weight
 
 
 def _errors(weight: Tensor, quantized: QuantizedTensor) -> Errors:
@@ -320,10 +337,6 @@ def _stream(device: str):  # type: ignore[no-untyped-def]
     import torch
 
     return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
-
-
-def _work_named(plan: Plan, name: str) -> Work:
-    return next(w for w in plan.works if w.name == name)
 
 
 def _free_memory() -> int:

@@ -203,6 +203,7 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe, demoted: Mapping[str, str
     if problems:
         raise PlanError(problems)
     works = _works(checkpoint, matrices, {layer.name: layer for layer in layers})
+    _check_names(works, settled, checkpoint.source.name)
     kept = tuple(
         Kept(name=m.name, shape=m.shape, dtype=m.dtype, reason=choices[m.name].origin)
         for m in matrices.values()
@@ -252,7 +253,7 @@ def _choose(matrices: Mapping[str, Matrix], recipe: Recipe, head: str, problems:
         choices[matrix.name] = Choice(scheme=scheme, origin=reason or f"scheme {recipe.scheme}")
     linear = [name for name, choice in choices.items() if choice.scheme is not None]
     for pattern, value in sorted(recipe.layer_config.items(), key=lambda entry: entry[0] in matrices):
-        found = {pattern} if pattern in matrices else matches(pattern, linear)
+        found = {pattern} if pattern in matrices else matches(pattern, choices) & set(linear)
         if not found:
             problems.append(_unmatched("layer_config", pattern, linear, choices))
         for name in found:
@@ -260,10 +261,10 @@ def _choose(matrices: Mapping[str, Matrix], recipe: Recipe, head: str, problems:
             choices[name] = Choice(scheme=scheme, origin=f"layer_config {pattern!r}")
     exact = {p for p in recipe.layer_config if p in matrices}
     for pattern in recipe.ignore_layers:
-        found = matches(pattern, linear)
-        if not found and not matches(pattern, matrices):
+        found = matches(pattern, choices)
+        if not found:
             problems.append(_unmatched("ignore_layers", pattern, linear, choices))
-        for name in found - exact:
+        for name in found & set(linear) - exact:
             choices[name] = Choice(scheme=None, origin=f"ignore_layers {pattern!r}")
     return choices
 
@@ -356,6 +357,17 @@ def _works(checkpoint: Checkpoint, matrices: Mapping[str, Matrix], layers: Mappi
         works.append(_work(checkpoint, name, "copy", None, (_copy(source.tensors, name, Piece(tensor=name)),)))
     order = {name: i for i, name in enumerate(source.tensors)}
     return tuple(sorted(works, key=lambda w: min(order[t] for t in _tensors(w))))
+
+
+def _check_names(works: Sequence[Work], formats: Sequence[Format], source: str) -> None:
+    """A file holds a name once, and a journal too."""
+    for names in ([w.name for w in works], *([s.name for s in _specs(works, f)] for f in formats)):
+        if len(set(names)) < len(names):
+            double = Counter(names).most_common(1)[0][0]
+            raise PlanError(
+                f"{source} would need the name {double!r} twice: a tensor of this name is in the way of a layer's. "
+                "Rename it, or keep the layer with --ignore-layers."
+            )
 
 
 def _copy(tensors: Mapping[str, TensorSpec], name: str, piece: Piece) -> Copy:

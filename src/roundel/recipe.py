@@ -233,10 +233,10 @@ def _read_mapping(text: str, what: str) -> dict[str, object]:
 
     try:
         found = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         try:
             found = yaml.safe_load(_relaxed(text) if text.lstrip().startswith("{") else text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             found = None
     if isinstance(found, dict) and all(isinstance(k, str) and found[k] is not None for k in found):
         return found

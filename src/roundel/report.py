@@ -102,6 +102,7 @@ class Report:
             "source_bytes": plan.source_bytes,
             "mean_sqnr": round(self.mean_sqnr, 4) if math.isfinite(self.mean_sqnr) else str(self.mean_sqnr),
             "notes": list(plan.notes),
+            "demoted": dict(plan.demoted),
             "kept": [{"name": k.name, "reason": k.reason} for k in plan.kept],
             "rows": rows,
         }

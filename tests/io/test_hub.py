@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hub_server import LIMIT, Cut, Hold, HubServer, point_client_at
 
+from hub_server import LIMIT, Cut, Hold, HubServer, point_client_at
 from roundel.errors import SourceError
 from roundel.io import hub_repository
 from roundel.io.hub import HubSnapshot

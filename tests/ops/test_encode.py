@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from ops.cases import DTYPES, KINDS, SHAPES, grids, weights
 from torch import Tensor
 
+from ops.cases import DTYPES, KINDS, SHAPES, grids, weights
 from roundel.ops.encode import encode_reference
 from roundel.ops.minifloat import decode_e8m0, round_e2m1, round_e4m3
 from roundel.ops.numba.tensors import encode_tensor

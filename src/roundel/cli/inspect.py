@@ -24,11 +24,10 @@ def inspect(path: str, revision: str | None, as_json: bool) -> None:
     from pathlib import Path
 
     from rich.markup import escape
-    from rich.table import Table
 
     from roundel.card import size
     from roundel.checkpoint import open_checkpoint
-    from roundel.cli.show import console, folded
+    from roundel.cli.show import console, folded, table
     from roundel.inspection import inspect_checkpoint
 
     with tempfile.TemporaryDirectory(prefix="roundel-") as work:
@@ -41,13 +40,13 @@ def inspect(path: str, revision: str | None, as_json: bool) -> None:
         click.echo(json.dumps(found.to_dict(), indent=1))
         return
     packing = f" ({found.packing})" if found.packing else ""
-    console.print(f"{found.name}: {found.model_type}, family {found.family}, format {found.format}{packing}")
-    table = Table("matrices", "count", "shape", "stored as", "bits/weight", "why not rounded")
+    console.print(escape(f"{found.name}: {found.model_type}, family {found.family}, format {found.format}{packing}"))
+    shown = table("matrices", "count", "shape", "stored as", "bits", "why not rounded")
     for pattern, count, cells in folded(
         (n, f"{s[0]}×{s[1]}", scheme, f"{bits:.3f}", why) for n, s, scheme, bits, why in found.rows
     ):
-        table.add_row(escape(pattern), str(count), *map(escape, cells))
-    console.print(table)
+        shown.add_row(escape(pattern), str(count), *map(escape, cells))
+    console.print(shown)
     for name, (layers, weights) in found.schemes.items():
         console.print(f"{name}: {layers} layers, {weights / 1e6:.1f} M weights")
     if found.bits_per_weight is not None:

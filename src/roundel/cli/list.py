@@ -23,16 +23,15 @@ def list_(what: str, why: bool, markdown: bool) -> None:
 
 
 def _schemes() -> None:
-    from rich.table import Table
 
-    from roundel.cli.show import console
+    from roundel.cli.show import console, table
     from roundel.scheme import MIXES, PRESETS, describe_block
 
-    table = Table("scheme", "weights", "block", "scale", "bits/weight (4096×4096)", "inputs at run time")
+    shown = table("scheme", "weights", "block", "scale", "bits/weight (4096×4096)", "inputs at run time")
     for name, scheme in PRESETS.items():
         grid = scheme.weight
         inputs = "16 bits" if scheme.input is None else f"{scheme.input.element.name}, {scheme.input.exponent}"
-        table.add_row(
+        shown.add_row(
             name,
             grid.element.name,
             describe_block(grid.block),
@@ -41,8 +40,8 @@ def _schemes() -> None:
             inputs,
         )
     for mix in MIXES.values():
-        table.add_row(mix.name, f"{mix.experts} for routed experts, {mix.others} for the rest", "", "", "", "")
-    console.print(table)
+        shown.add_row(mix.name, f"{mix.experts} for routed experts, {mix.others} for the rest", "", "", "", "")
+    console.print(shown)
     console.print(
         "Any W<bits>A16[G<group>][_ASYM] with 2 to 8 bits is a scheme too, such as W3A16G64_ASYM; G-1 is one scale "
         "per row."
@@ -50,9 +49,8 @@ def _schemes() -> None:
 
 
 def _formats(why: bool, markdown: bool) -> None:
-    from rich.table import Table
 
-    from roundel.cli.show import console
+    from roundel.cli.show import console, table
     from roundel.formats import FORMATS
     from roundel.support import support_rows
 
@@ -63,10 +61,10 @@ def _formats(why: bool, markdown: bool) -> None:
         for scheme, cells in rows:
             click.echo(f"| {scheme} | " + " | ".join("yes" if cells[n] is None else "" for n in names) + " |")
         return
-    table = Table("scheme", *names)
+    shown = table("scheme", *names)
     for scheme, cells in rows:
-        table.add_row(scheme, *("yes" if (reason := cells[n]) is None else (reason if why else "·") for n in names))
-    console.print(table)
+        shown.add_row(scheme, *("yes" if (reason := cells[n]) is None else (reason if why else "·") for n in names))
+    console.print(shown)
     for format in FORMATS.values():
         console.print(f"{format.name}: {format.summary}")
 

@@ -2,7 +2,7 @@
 
 Exit codes: 0 done; 1 any other error; 2 the command or recipe makes no sense; 3 the recipe does not fit the model; 4
 the output cannot be written; 5 the checkpoint is broken or out of reach; 6 weights are not finite; 7 verification
-failed; 70 a bug of ours; 130 interrupted.
+failed; 8 nothing here can run a layer; 70 a bug of ours; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main() -> None:
     from roundel.errors import QuantizationError
 
     try:
-        cli(standalone_mode=False)
+        cli(prog_name="roundel", standalone_mode=False)
     except click.exceptions.Abort:
         _interrupted()
     except KeyboardInterrupt:
@@ -85,6 +85,9 @@ def main() -> None:
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.stderr.close()
+        sys.exit(1)
+    except OSError as error:
+        click.echo(f"Error: {error}. The system refused this. Mend it and repeat the same command.", err=True)
         sys.exit(1)
 
 

@@ -29,11 +29,13 @@ def plan(model: str, as_json: bool, revision: str | None, device: str, workers: 
       roundel plan ./model --scheme W4A16_MIXED
       roundel plan Qwen/Qwen3-8B --bits 3 --json
     """
+    from roundel.api import check_device
     from roundel.checkpoint import open_checkpoint
     from roundel.cli.show import print_plan
     from roundel.pipeline import default_workers
     from roundel.planning import build_plan
 
+    check_device(device, planning=True)
     recipe = recipe_from(options)
     with tempfile.TemporaryDirectory(prefix="roundel-") as work:
         checkpoint = open_checkpoint(model, revision, Path(work))

@@ -39,7 +39,9 @@ def quantize(
       roundel quantize ./model ./out --layer-config '{k_proj: {bits: 8}, layers.0: W8A16}'
       roundel quantize ./model ./out --recipe-file other/recipe.json
     """
-    from roundel.api import quantize_checkpoint
+    from rich.markup import escape
+
+    from roundel.api import check_device, downloads, quantize_checkpoint, remove_downloads
     from roundel.checkpoint import open_checkpoint
     from roundel.cli.show import console, print_report
     from roundel.output import is_complete
@@ -49,14 +51,14 @@ def quantize(
     check_device(device)
     recipe = recipe_from(options)
     folder = out if out is not None else default_folder(model, recipe.scheme)
-    work = folder.with_name(folder.name + ".download")
+    work = downloads(folder)
     checkpoint = open_checkpoint(model, revision, work)
     try:
         plan = build_plan(checkpoint, recipe)
         if not is_complete(folder, plan):
             console.print(
-                f"{plan.source_name}: {len(plan.layers)} layers to {recipe.scheme}, {plan.bits_per_weight:.3f} "
-                f"bits per weight, into {folder}"
+                f"{escape(plan.source_name)}: {len(plan.layers)} layers to {recipe.scheme}, {plan.bits_per_weight:.3f} "
+                f"bits per weight, into {escape(str(folder))}"
             )
         count = workers or default_workers(plan, device)
         with _Bar(sum(w.layer.parameters for w in plan.works if w.layer is not None), len(plan.layers)) as bar:
@@ -82,28 +84,6 @@ def default_folder(model: str, scheme: str) -> Path:
     return Path(f"{name}-{scheme.upper()}")
 
 
-def check_device(device: str) -> None:
-    """Refuse a device that is not there before anything else is done."""
-    from roundel.errors import RecipeError
-
-    if device == "cpu":
-        return
-    if not device.startswith("cuda"):
-        raise RecipeError(f"Unknown device {device!r}. Known are cpu and cuda.")
-    import torch
-
-    if not torch.cuda.is_available():
-        raise RecipeError(f"Device {device!r} is not there: torch sees no CUDA device. Use --device cpu.")
-
-
-def remove_downloads(work: Path) -> None:
-    """What was fetched from the Hub for this run is not needed once the run is done."""
-    import shutil
-
-    if work.is_dir():
-        shutil.rmtree(work)
-
-
 class _Bar:
     """A bar over weights, with the layer at hand and the time left."""
 
@@ -126,7 +106,7 @@ class _Bar:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             console=console,
             transient=True,
         )

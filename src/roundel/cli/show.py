@@ -14,7 +14,7 @@ from roundel.card import size
 from roundel.planning import Plan
 from roundel.report import Report
 
-__all__ = ["console", "decibel", "folded", "print_plan", "print_report"]
+__all__ = ["console", "decibel", "folded", "print_plan", "print_report", "table"]
 
 console = Console(highlight=False, soft_wrap=False)
 
@@ -22,6 +22,15 @@ console = Console(highlight=False, soft_wrap=False)
 def decibel(value: float | None) -> str:
     """19.6 dB; "exact" where nothing was lost."""
     return "" if value is None else "exact" if value == math.inf else f"{value:.1f} dB"
+
+
+def table(first: str, *others: str) -> Table:
+    """A plain table whose first column, the names, is never cut."""
+    made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    made.add_column(first, no_wrap=True)
+    for name in others:
+        made.add_column(name, overflow="fold")
+    return made
 
 
 def folded(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, int, tuple[str, ...]]]:
@@ -35,16 +44,8 @@ def folded(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, int, tuple[str, .
 
 def print_plan(plan: Plan, workers: int, device: str) -> None:
     """The table of layers, what stays and why, sizes, memory, files."""
-    table = Table(
-        "layers",
-        "count",
-        "shape",
-        "scheme",
-        "bits/weight",
-        "decided by",
-        title=f"{plan.source_name} · {plan.family}",
-        title_justify="left",
-    )
+    console.print(f"[bold]{escape(plan.source_name)}[/], family {escape(plan.family)}\n")
+    layers = table("layers", "count", "shape", "scheme", "bits", "decided by")
     first = plan.outputs[0].format
     rows = [
         (layer.name, f"{layer.shape[0]}×{layer.shape[1]}", layer.scheme.name,
@@ -52,15 +53,17 @@ def print_plan(plan: Plan, workers: int, device: str) -> None:
         for layer in plan.layers
     ]  # fmt: skip
     for pattern, count, cells in folded(rows):
-        table.add_row(escape(pattern), str(count), *map(escape, cells))
-    console.print(table)
+        layers.add_row(escape(pattern), str(count), *map(escape, cells))
+    console.print(layers)
     if plan.kept:
-        kept = Table("kept in full precision", "count", "shape", "dtype", "why")
+        console.print()
+        kept = table("kept in full precision", "count", "shape", "dtype", "why")
         for pattern, count, cells in folded(
             (k.name, f"{k.shape[0]}×{k.shape[1]}", k.dtype, k.reason) for k in plan.kept
         ):
             kept.add_row(escape(pattern), str(count), *map(escape, cells))
         console.print(kept)
+    console.print()
     for note in plan.notes:
         console.print(f"[yellow]note[/] {escape(note)}")
     console.print(
@@ -84,7 +87,8 @@ def print_report(report: Report) -> None:
     plan = report.plan
     if report.already_complete:
         console.print(
-            f"{report.folder} is complete already: same recipe, same source. Pass --overwrite to make it anew."
+            f"{escape(str(report.folder))} is complete already: same recipe, same source. Pass --overwrite to make it "
+            "anew."
         )
         return
     for note in plan.notes:
@@ -98,8 +102,9 @@ def print_report(report: Report) -> None:
     )
     if worst is not None:
         console.print(
-            f"signal to noise {decibel(report.mean_sqnr)} on average, lowest {decibel(worst.sqnr)} ({worst.name})"
+            f"signal to noise {decibel(report.mean_sqnr)} on average, lowest {decibel(worst.sqnr)} "
+            f"({escape(worst.name)})"
         )
     for output in plan.outputs:
         console.print(f"{output.format.name}: {size(output.nbytes)}, was {size(plan.source_bytes)}")
-    console.print(f"{report.seconds:.1f} s, {report.folder}")
+    console.print(f"{report.seconds:.1f} s, {escape(str(report.folder))}")

@@ -24,19 +24,18 @@ def verify(out: str, against: str | None, show_all: bool) -> None:
     """
     from rich.markup import escape
     from rich.status import Status
-    from rich.table import Table
 
-    from roundel.cli.show import console, decibel, folded
+    from roundel.cli.show import console, decibel, folded, table
     from roundel.errors import VerificationError
     from roundel.verification import verify as run
 
     with Status("reading", console=console) as status:
-        found = run(out, against, progress=lambda name: status.update(f"reading {name}"))
+        found = run(out, against, progress=lambda name: status.update(f"reading {escape(name)}"))
     packed = [c for c in found.checks if c.scheme not in ("BF16", "F16", "F32")]
-    table = Table("layer", "count", "scheme", "lowest signal to noise" if not show_all else "signal to noise")
+    shown = table("layer", "count", "scheme", "lowest signal to noise" if not show_all else "signal to noise")
     if show_all:
         for check in packed:
-            table.add_row(escape(check.name), "1", check.scheme, decibel(check.sqnr))
+            shown.add_row(escape(check.name), "1", check.scheme, decibel(check.sqnr))
     else:
         lowest: dict[tuple[str, ...], float] = {}
         for check in packed:
@@ -44,18 +43,18 @@ def verify(out: str, against: str | None, show_all: bool) -> None:
             if check.sqnr is not None:
                 lowest[key] = min(lowest.get(key, check.sqnr), check.sqnr)
         for pattern, count, (scheme,) in folded((c.name, c.scheme) for c in packed):
-            table.add_row(escape(pattern), str(count), scheme, decibel(lowest.get((pattern, scheme))))
-    console.print(table)
+            shown.add_row(escape(pattern), str(count), scheme, decibel(lowest.get((pattern, scheme))))
+    console.print(shown)
     if found.problems:
-        shown = "\n".join(f"  - {p}" for p in found.problems[:20])
+        lines = "\n".join(f"  - {p}" for p in found.problems[:20])
         more = f"\n  and {len(found.problems) - 20} more" if len(found.problems) > 20 else ""
         raise VerificationError(
-            f"{found.name} does not hold what it should:\n{shown}{more}\nQuantize again with --overwrite, or copy "
+            f"{found.name} does not hold what it should:\n{lines}{more}\nQuantize again with --overwrite, or copy "
             f"the files again."
         )
     mean = found.mean_sqnr
     quality = f", signal to noise {decibel(mean)} on average against {found.against}" if mean is not None else ""
     console.print(
-        f"[green]ok[/] {found.name}: {len(packed)} layers and {len(found.checks) - len(packed)} other tensors are "
-        f"whole and finite{quality}"
+        f"[green]ok[/] {escape(found.name)}: {len(packed)} layers and {len(found.checks) - len(packed)} other tensors "
+        f"are whole and finite{escape(quality)}"
     )

@@ -96,8 +96,9 @@ class AutoRound(Format):
             for module in contents.kept
             if module != contents.embedding
         }
-        for layer in contents.layers:
-            if layer.scheme != default or layer.role == "head":
+        inside = tuple(f"{block}." for block in contents.blocks)
+        for layer in contents.layers:  # readers look into the blocks by themselves, and elsewhere only where told
+            if layer.scheme != default or not layer.name.startswith(inside):
                 extra[layer.name] = _fields(layer.scheme)
         found: dict[str, object] = {
             "quant_method": "auto-round",

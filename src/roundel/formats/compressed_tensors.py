@@ -68,11 +68,16 @@ class CompressedTensors(Format):
                 others.setdefault(layer.scheme, []).append(layer.name)
         groups = [_group(scheme, names, bool(others)) for scheme, names in others.items()]
         groups.append(_group(default, ["Linear"], bool(others)))
+        rounded = {layer.name for layer in contents.layers}
+        ignore = [
+            *contents.kept,
+            *({contents.head} - rounded - set(contents.kept)),
+        ]  # a tied head has no tensor of its own
         return {
             "config_groups": {f"group_{i}": g for i, g in enumerate(groups)},
             "format": "mixed-precision" if others else _format_of(default),
             "global_compression_ratio": None,
-            "ignore": list(contents.kept),
+            "ignore": ignore,
             "kv_cache_scheme": None,
             "provider": "roundel",
             "quant_method": "compressed-tensors",

@@ -85,11 +85,13 @@ def find_nvfp4(module: str, parts: Mapping[str, TensorSpec]) -> Found | None:
             f"checkpoint again."
         )
     assert scale is not None
-    out, half = parts[name].shape
-    if scale.shape != (out, half // 8):
+    shape = parts[name].shape
+    if len(shape) != 2 or scale.shape != (shape[0], shape[1] // 8) or parts[share].nbytes != 4:
         raise SourceError(
-            f"{module}: weight_scale {list(scale.shape)} does not fit [{out}, {2 * half}] in groups of 16."
+            f"{module}: {name} {list(shape)}, weight_scale {list(scale.shape)} and {share} "
+            f"{list(parts[share].shape)} do not fit together in groups of 16. Fetch the checkpoint again."
         )
+    out, half = shape
     return Found(shape=(out, 2 * half), scheme=NVFP4, parts=(name, "weight_scale", share))
 
 

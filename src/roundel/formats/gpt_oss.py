@@ -42,8 +42,10 @@ class Mxfp4Blocks(Format):
         return self if quantization.get("quant_method") == "mxfp4" else None
 
     def find(self, module: str, parts: Mapping[str, TensorSpec]) -> Found | None:
-        blocks = parts.get("blocks")
-        if blocks is None or "scales" not in parts:
+        blocks, scales = parts.get("blocks"), parts.get("scales")
+        if blocks is None or scales is None or (blocks.dtype, scales.dtype) != ("U8", "U8"):
             return None
-        out, groups, half = blocks.shape[-3:]
+        if len(blocks.shape) != 3 or blocks.shape[2] != 16 or scales.shape != blocks.shape[:2]:
+            return None
+        out, groups, half = blocks.shape
         return Found(shape=(out, groups * half * 2), scheme=PRESETS["MXFP4"], parts=("blocks", "scales"))

@@ -105,8 +105,13 @@ class AutoGptq(Format):
 
 
 def _modules_inside(contents: Contents) -> list[list[str]] | None:
-    """Names within a block that are quantized, for readers that take that list; None where every linear is."""
+    """The layers that are quantized, for readers that take that list; None where every linear of every block is.
+
+    Readers compare ends of names: a name within a block stands for all blocks, so a layer that another block keeps goes by
+    its whole name.
+    """
     inside = re.compile(rf"(?:{'|'.join(map(re.escape, contents.blocks))})\.\d+\.(.+)")
-    names = {m[1]: None for layer in contents.layers if (m := inside.fullmatch(layer.name))}
-    kept = [m[1] for module in contents.kept if (m := inside.fullmatch(module))]
+    kept = {m[1] for module in contents.kept if (m := inside.fullmatch(module))}
+    found = [(layer.name, m[1]) for layer in contents.layers if (m := inside.fullmatch(layer.name))]
+    names = dict.fromkeys(whole if within in kept else within for whole, within in found)
     return [[name] for name in names] if kept else None

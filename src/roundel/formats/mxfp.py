@@ -71,6 +71,8 @@ def find_mx(module: str, parts: Mapping[str, TensorSpec], rceil: bool = False) -
             f"{module} has {name} and no weight_scale. A shard or a tensor is missing; fetch the checkpoint again."
         )
     shape, scale = parts[name].shape, parts["weight_scale"]
+    if len(shape) != 2:
+        return None
     four = name == "weight_packed"
     width = shape[1] * 2 if four else shape[1]
     if scale.dtype not in ("U8", "F8_E8M0") or scale.shape != (shape[0], width // 32):

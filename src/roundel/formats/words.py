@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from roundel.errors import SourceError
 from roundel.formats.format import Found, WordLayout
 from roundel.scheme import integer_scheme
-from roundel.tensor import QuantizedTensor, TensorSpec
+from roundel.tensor import FLOAT_DTYPES, QuantizedTensor, TensorSpec
 from roundel.unit import Layer
 
 if TYPE_CHECKING:
@@ -147,8 +147,12 @@ def find_words(
         raise SourceError(
             f"{module}: qweight {list(qweight)}, qzeros {list(qzeros)} and scales {list(scales)} do not fit together."
         )
+    if (parts["qweight"].dtype, parts["qzeros"].dtype) != ("I32", "I32") or parts["scales"].dtype not in FLOAT_DTYPES:
+        raise SourceError(f"{module}: qweight or qzeros are not int32, or its scales no floats. Fetch it again.")
     groups, out = scales
-    group_size = int(str(settings.get("group_size", settings.get("q_group_size", -1))))
+    group_size = settings.get("group_size", settings.get("q_group_size", -1))
+    if not isinstance(group_size, int) or group_size < -1:
+        raise SourceError(f"{module}: the config's group_size is {group_size!r}. Mend its quantization_config.")
     if layout.order == "awq":
         bits, width = 4, qweight[0]
         fits = qweight[1] * 8 == out and qzeros[1] * 8 == out

@@ -140,7 +140,7 @@ class HubRepository:
         """One request for bytes `start` to `stop`; may end early without an error."""
         from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.errors import OfflineModeIsEnabled
-        from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but loaded lazily there
+        from huggingface_hub.utils import (
             build_hf_headers,
             hf_raise_for_status,
             http_stream_backoff,

@@ -21,17 +21,21 @@ JOURNAL = "journal.jsonl"
 def read_journal(folder: Path) -> tuple[dict[str, object], list[dict[str, object]]] | None:
     """(the plan's identity, finished rows) of an unfinished output; None when there is no journal worth continuing."""
     path = folder / JOURNAL
-    if not path.is_file():
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise OutputError(f"{path} cannot be read: {error.strerror}. Choose a folder you may write to.") from error
     rows: list[dict[str, object]] = []
-    for line in path.read_bytes().splitlines(keepends=True):
+    for line in lines:
         if not line.endswith(b"\n"):
             break
         try:
             row = json.loads(line)
         except ValueError:
             break
-        if not isinstance(row, dict):
+        if not isinstance(row, dict) or (rows and not {"name", "kind"} <= row.keys()):
             break
         rows.append(row)
     return (rows[0], rows[1:]) if rows else None
@@ -51,6 +55,8 @@ class Journal:
             differing = {
                 k: (begun.get(k), identity.get(k)) for k in {**begun, **identity} if begun.get(k) != identity.get(k)
             }
+            if len(differing) > 1:
+                differing.pop("fingerprint", None)  # it follows from the others
             if differing:
                 raise PlanChanged(str(folder), differing)
             self.finished = {str(row["name"]): row for row in rows}
@@ -61,14 +67,16 @@ class Journal:
             self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         except OSError as error:
             raise OutputError(
-                f"{self.path} cannot be written: {error.strerror}. Choose another output folder."
+                f"{self.path} cannot be written: {error.strerror}. Free the disk or choose another output folder."
             ) from error
 
     def commit(self, rows: Iterable[Mapping[str, object]]) -> None:
         """Add finished work. Call only after its bytes are flushed."""
         text = "".join(json.dumps(row) + "\n" for row in rows)
         try:
-            os.write(self._file, text.encode())
+            left = text.encode()
+            while left:
+                left = left[os.write(self._file, left) :]
             os.fsync(self._file)
         except OSError as error:
             raise OutputError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from roundel.tensor import ITEMSIZE, TensorSpec
 __all__ = ["HEADER_LIMIT", "Place", "Shard", "ShardLayout", "lay_out", "parse_header", "raw_header"]
 
 HEADER_LIMIT = 100_000_000  # bytes; the reference reader's own limit
+_AXES_LIMIT = 64  # what torch and numpy can hold
 _EARLY = 1 << 20  # bytes from which a put is worth telling the disk about
 _KNOWN_NAMES = "BF16, F16, F32, F64, F8_E4M3, F8_E5M2, F8_E8M0, BOOL and the integers of 8 to 64 bits"
 
@@ -66,11 +68,12 @@ def parse_header(raw: bytes, file_size: int, file_name: str) -> dict[str, Place]
     length = header_length(raw[:8], file_size, file_name)
     try:
         header = json.loads(raw[8 : 8 + length].decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except UnicodeDecodeError as error:
-        raise _broken(file_name, f"its header is not UTF-8 (byte {error.start})") from error
+        "".join(header if isinstance(header, dict) else ()).encode()  # an escaped lone surrogate is no text either
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise _broken(file_name, f"its header is not UTF-8 ({error.reason})") from error
     except _Duplicate as error:
         raise _broken(file_name, f"its header names {error} twice") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a plain ValueError for a number of 5000 digits
         raise _broken(file_name, f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise _broken(file_name, "its header is not a JSON object")
@@ -94,11 +97,11 @@ def _place(name: str, entry: object, data_begin: int, file_name: str) -> Place:
         raise _broken(file_name, f"tensor {name!r} is described by {type(entry).__name__}, not by an object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
-        raise _broken(file_name, f"tensor {name!r} has dtype {dtype!r}; known are {_KNOWN_NAMES}")
-    if not isinstance(shape, list) or not _whole_numbers(shape):
-        raise _broken(file_name, f"tensor {name!r} has shape {shape!r}")
+        raise _broken(file_name, f"tensor {name!r} has dtype {reprlib.repr(dtype)}; known are {_KNOWN_NAMES}")
+    if not isinstance(shape, list) or not _whole_numbers(shape) or len(shape) > _AXES_LIMIT:
+        raise _broken(file_name, f"tensor {name!r} has shape {reprlib.repr(shape)}")
     if not isinstance(offsets, list) or not _whole_numbers(offsets) or len(offsets) != 2:
-        raise _broken(file_name, f"tensor {name!r} has data_offsets {offsets!r}")
+        raise _broken(file_name, f"tensor {name!r} has data_offsets {reprlib.repr(offsets)}")
     spec = TensorSpec(name, dtype, tuple(shape))
     if offsets[1] - offsets[0] != spec.nbytes:
         raise _broken(
@@ -243,10 +246,7 @@ class Shard:
             try:
                 written = os.pwrite(self._file, view, offset)
             except OSError as error:
-                raise OutputError(
-                    f"Writing {self.partial} failed: {error.strerror}. What is finished is kept; free the disk and "
-                    "repeat the same command to continue."
-                ) from error
+                raise self._failed(error) from error
             view, offset = view[written:], offset + written
 
     def _start_writing(self, offset: int, count: int) -> None:
@@ -256,13 +256,25 @@ class Shard:
 
     def flush(self) -> None:
         """Make what was put so far survive a power cut."""
-        getattr(os, "fdatasync", os.fsync)(self._file)
+        try:
+            getattr(os, "fdatasync", os.fsync)(self._file)
+        except OSError as error:  # some file systems find out here that the disk is full
+            raise self._failed(error) from error
 
     def close(self) -> None:
         os.close(self._file)
 
     def finish(self) -> None:
         """Flush, close, and take the final name."""
-        os.fsync(self._file)
-        self.close()
-        self.partial.rename(self.path)
+        try:
+            os.fsync(self._file)
+            self.close()
+            self.partial.rename(self.path)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> OutputError:
+        return OutputError(
+            f"Writing {self.partial} failed: {error.strerror}. What is finished is kept; free the disk and repeat the "
+            "same command to continue."
+        )

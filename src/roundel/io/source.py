@@ -124,7 +124,7 @@ class Source:
             raise SourceError(f"{name} is {self.files.files[name]} bytes, too large for what it should be.")
         try:
             value = json.loads(self.files.fetch(name).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise SourceError(
                 f"{name} of {self.name} is not readable JSON ({error}). Fetch or copy it again."
             ) from error
@@ -214,7 +214,7 @@ class Source:
             )
         for shard in wanted:
             for name, place in parse_header(self.files.header(shard), self.files.files[shard], shard).items():
-                if name in self._places and not weight_map:
+                if name in self._places and name not in weight_map:
                     raise SourceError(
                         f"Tensor {name!r} lies in both {self._places[name][0]} and {shard}. Add an index that says "
                         f"which counts."
@@ -264,8 +264,14 @@ def open_source(model: str | Path, revision: str | None = None, work: Path | Non
     work   where Hub shards are kept while they are needed; a temporary folder when None
     Raises SourceError when it is neither, or when it is broken.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(model).expanduser()
+        is_folder = folder.is_dir()
+    except (OSError, RuntimeError) as error:  # a name too long, a home that nobody has
+        raise SourceError(f"{model} does not exist: {error}. Pass a model folder, or a Hub id.") from error
+    if is_folder and not os.access(folder, os.R_OK | os.X_OK):
+        raise SourceError(f"{folder} may not be read: permission denied. Check the folder's rights.")
+    if is_folder:
         if (folder / "journal.jsonl").exists() and not (folder / "config.json").exists():
             raise SourceError(
                 f"{folder} is an unfinished output of roundel. Repeat the command that began it to finish it."
@@ -299,5 +305,6 @@ def small_files(source: Source) -> Mapping[str, int]:
         "README.md",
         "recipe.json",
         "report.json",
+        "journal.jsonl",
     }
     return {n: b for n, b in source.files.files.items() if not is_weight_file(n) and n not in left}

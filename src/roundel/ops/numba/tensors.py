@@ -19,7 +19,9 @@ def encode_tensor(weight: Tensor, grid: Grid) -> QuantizedTensor | None:
     """`ops.encode` by kernel; None where no kernel fits (another grid, or weights that are not finite)."""
     if grid.block[0] != 1 or weight.numel() == 0 or not (grid.element.is_integer or grid.scale == "E8M0"):
         return None
-    kind = _KINDS[weight.dtype]
+    kind = _KINDS.get(weight.dtype)
+    if kind is None:
+        return None
     stored = weight.detach().contiguous().view(torch.int32 if kind == F32 else torch.int16).numpy()
     stored = stored.view(np.uint32 if kind == F32 else np.uint16)
     if grid.element.is_integer:

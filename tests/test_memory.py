@@ -1,0 +1,51 @@
+"""Memory is flat in model size, and the plan foretells it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models.pico import build
+
+SHAPE = {
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+}
+PROGRAM = """
+import sys
+from roundel.cli.main import cli
+cli(sys.argv[1:], standalone_mode=False)
+status = open("/proc/self/status").read()
+print("peak", int(status.partition("VmHWM:")[2].split()[0]) * 1024)
+"""
+
+
+def run(*arguments: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc, which is Linux's")
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A16"])
+def test_four_times_the_layers_take_the_same_memory(scheme: str, tmp_path: Path) -> None:
+    peaks, planned = {}, {}
+    for layers in (2, 8):
+        model = build("llama", tmp_path / f"m{layers}", num_hidden_layers=layers, **SHAPE)
+        options = ("--scheme", scheme, "--workers", "2")
+        planned[layers] = json.loads(run("plan", str(model), "--json", *options).rpartition("peak")[0])[
+            "peak_memory_bytes"
+        ]
+        run(
+            "quantize", str(model), str(tmp_path / "warm"), "--overwrite", *options
+        )  # compiles kernels, where nobody has
+        peaks[layers] = int(run("quantize", str(model), str(tmp_path / f"o{layers}"), *options).split()[-1])
+    assert peaks[8] < 1.1 * peaks[2]
+    for layers, peak in peaks.items():
+        assert abs(planned[layers] - peak) < 0.25 * peak, (planned, peaks)
