@@ -1,0 +1,376 @@
+"""Our files in the hands of those who load them: the loaded model says what our own dequantized weights say.
+
+Consumers live in environments of their own (`.peers/NAME`, or `$ROUNDEL_PEERS/NAME`) and only ever run as programs, one
+for each; without its environment a consumer's tests skip. The reference is the float model with our decoded weights in
+it, in the dtype the consumer computes in. MX schemes round the inputs of a layer as well; so does the reference.
+
+Beside the cases that load stand controls (a file spoilt in one place must not pass) and limits (what a consumer cannot
+load, or loads wrong, and why): an entry of these goes when the consumer mends it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+import roundel
+from models.pico import build
+from peers.make_models import write_tokenizer
+from roundel.checkpoint import open_checkpoint
+from roundel.data.bundled import bundled_model
+from roundel.evaluation.models import decoded_model
+from roundel.ops.encode import encode
+from roundel.ops.minifloat import decode_e8m0, round_e2m1, round_e4m3
+from roundel.scheme import Grid
+from roundel.tensor import QuantizedTensor
+
+HERE = Path(__file__).parent
+PEERS = Path(os.environ.get("ROUNDEL_PEERS", HERE.parents[1] / ".peers"))
+CONSUMERS = {
+    "auto_round": "auto-round",
+    "llm_compressor": "auto-round",
+    "auto_gptq": "gptqmodel",
+    "auto_awq": "gptqmodel",
+}
+NEAR = 1e-4  # KL of arithmetic alone, in nats; most cases are exact
+FAR = 1e-2  # KL that a control has at least
+
+PROMPT = torch.randint(3, 500, (20,), generator=torch.Generator().manual_seed(1)).tolist()
+GAIN = 4  # linear weights are made larger, so that the models are sure of what they say and mistakes show
+LLAMA = {"hidden_size": 256, "intermediate_size": 768, "head_dim": 64, "vocab_size": 512}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", LLAMA),
+    "llama_tied": ("llama", LLAMA | {"tie_word_embeddings": True}),
+    "llama_odd": ("llama", {"hidden_size": 192, "intermediate_size": 352, "head_dim": 48, "vocab_size": 512}),
+    "opt": ("opt", {"hidden_size": 256, "ffn_dim": 512, "word_embed_proj_dim": 256, "vocab_size": 512}),
+    "opt_narrow": ("opt", {"hidden_size": 256, "ffn_dim": 512, "word_embed_proj_dim": 128, "vocab_size": 512}),
+    "qwen3_moe": ("qwen3_moe", LLAMA | {"moe_intermediate_size": 128}),
+    "mixtral": ("mixtral", LLAMA | {"intermediate_size": 256}),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A checkpoint of ours and a loader.
+
+    loader, dtype   as in `load_checkpoint.py`
+    spoilt          what is done to the file before it is loaded; one of SPOILERS
+    limit           why the consumer does not load it, or not as it is
+    """
+
+    model: str = "llama"
+    scheme: str = "W4A16"
+    format: str = "auto_round"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    loader: str = "transformers"
+    dtype: str = "float32"
+    spoilt: str | None = None
+    limit: str | None = None
+
+    @property
+    def name(self) -> str:
+        parts = [self.format, self.model, self.scheme, *(f"{key}={value}" for key, value in self.options.items())]
+        parts += [self.loader] * (self.loader != "transformers") + [self.spoilt] * (self.spoilt is not None)
+        return re.sub(r"[^\w.=-]+", "_", "-".join([*parts, self.dtype] if self.dtype != "float32" else parts))
+
+
+def spoil_config(**values: object) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] |= values
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return spoil
+
+
+def spoil_tensors(part: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        changed = {name: change(t).contiguous() if name.endswith(f".{part}") else t for name, t in tensors.items()}
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return spoil
+
+
+def swap_nibbles(words: Tensor) -> Tensor:
+    octets = words.view(torch.uint8)
+    return (octets << 4 | octets >> 4).view(words.dtype)
+
+
+SPOILERS: dict[str, Callable[[Path], None]] = {
+    "zeros_as_gptq": spoil_config(packing_format="auto_round:auto_gptq"),
+    "zeros_as_gptq_v2": spoil_config(checkpoint_format="gptq_v2"),
+    "inputs_by_floor": spoil_config(act_data_type="mx_fp"),
+    "weight_nibbles": spoil_tensors("qweight", swap_nibbles),
+    "mx_nibbles": spoil_tensors("weight_packed", swap_nibbles),
+    "scales": spoil_tensors("scales", lambda t: t.flip(1)),
+    "mx_scales": spoil_tensors("weight_scale", lambda t: t + 1),
+    "group_index": spoil_tensors("g_idx", torch.zeros_like),
+}
+
+ASYM = {"sym": False}
+HEAD = {"quant_lm_head": True}
+KEPT = {"ignore_layers": ["mlp.down_proj", "layers.1.self_attn"]}
+MIXED = {
+    "layer_config": {
+        "model.layers.0.self_attn.q_proj": {"bits": 8},
+        "down_proj": {"bits": 2, "group_size": 32},
+        "model.layers.1.mlp.up_proj": {"bits": 16},
+    }
+}
+MX_MIXED = {"layer_config": {"down_proj": {"scheme": "MXFP8"}, "model.layers.1.mlp.up_proj": {"bits": 16}}}
+
+
+def auto_round() -> list[Case]:
+    widths = [Case(scheme=f"W{bits}A16", options=o) for bits in range(2, 9) for o in ({}, ASYM)]
+    groups = [Case(options={"group_size": size} | o) for size in (32, 64, -1) for o in ({}, ASYM)]
+    options = [Case(options=o) for o in (MIXED, MIXED | ASYM, {"layer_config": {"down_proj": {"sym": False}}}, KEPT)]
+    options += [Case(options=o) for o in (KEPT | ASYM, HEAD, HEAD | ASYM, {"layer_config": {"lm_head": {"bits": 8}}})]
+    models = [Case(model=m, options=o) for m in ("opt", "opt_narrow", "qwen3_moe", "tinybook") for o in ({}, ASYM)]
+    models += [Case(model="llama_tied", options=o) for o in ({}, HEAD)]
+    models += [Case(model="qwen3_moe", scheme="W4A16_MIXED"), Case(model="tinybook", scheme="W2A16G32")]
+    dtypes = [Case(scheme=s, dtype=d) for s in ("W3A16", "W4A16") for d in ("float16", "bfloat16")]
+    mx = [Case(scheme=s) for s in ("MXFP4", "MXFP8", "MXFP4_RCEIL", "MXFP8_RCEIL")]
+    mx += [Case(scheme="MXFP4", options=o) for o in (MX_MIXED, KEPT, HEAD)]
+    mx += [Case(scheme="MXFP4", model=m) for m in ("opt_narrow", "qwen3_moe", "tinybook")]
+    return widths + groups + options + models + dtypes + mx
+
+
+def words(format_: str, schemes: tuple[str, ...]) -> list[Case]:
+    """The cases that GPTQ and AWQ files share."""
+    widths = [Case(format=format_, scheme=s, options=o) for s in schemes for o in ({}, ASYM)]
+    groups = [Case(format=format_, options={"group_size": size}) for size in (32, 64, 256)]
+    plain = [Case(format=format_, options=KEPT | o) for o in ({}, ASYM)] + [
+        Case(format=format_, model=m) for m in ("opt", "llama_tied", "tinybook")
+    ]
+    own = {"format": format_, "loader": "gptqmodel", "dtype": "float16"}
+    return [
+        *(*widths, *groups, *plain),
+        Case(format=format_, loader="gptq_torch", options={"group_size": -1}),
+        *(Case(**own, options=o) for o in ({}, HEAD)),
+        *(Case(**own, model=m) for m in ("opt", "qwen3_moe", "tinybook")),
+    ]
+
+
+def llm_compressor() -> list[Case]:
+    """transformers decodes these in bfloat16, whatever dtype is asked for, unless told to dequantize."""
+    mx = {"format": "llm_compressor", "scheme": "MXFP4"}
+    models = ("llama", "llama_tied", "opt_narrow", "qwen3_moe", "tinybook")
+    return [
+        *(Case(format="llm_compressor", scheme=s, dtype="bfloat16") for s in ("MXFP4_RCEIL", "MXFP8", "MXFP8_RCEIL")),
+        *(Case(**mx, dtype="bfloat16", options=o) for o in (MX_MIXED, KEPT, HEAD)),
+        *(Case(**mx, dtype="bfloat16", model=m) for m in models),
+        *(Case(**mx, loader="dequantize", model=m) for m in (*models, "mixtral")),
+        Case(format="llm_compressor", scheme="MXFP8", loader="dequantize"),
+    ]
+
+
+OWN = {"loader": "gptqmodel", "dtype": "float16"}
+LOADED = (
+    *auto_round(),
+    *words("auto_gptq", ("W2A16", "W3A16", "W4A16", "W8A16")),
+    *(Case(format="auto_gptq", **OWN, options=o) for o in (MIXED, KEPT)),
+    Case(format="auto_gptq", **OWN, model="llama_tied", options=HEAD),
+    Case(format="auto_gptq", model="llama_odd"),
+    *words("auto_awq", ("W4A16",)),
+    Case(format="auto_awq", **OWN, options=ASYM),
+    Case(format="auto_awq", model="opt_narrow"),
+    *llm_compressor(),
+)
+CONTROLS = (
+    Case(scheme="W2A16", options=ASYM, spoilt="zeros_as_gptq"),
+    Case(options=ASYM, spoilt="scales"),
+    Case(scheme="W8A16", spoilt="scales"),
+    Case(model="qwen3_moe", spoilt="weight_nibbles"),
+    Case(scheme="MXFP4_RCEIL", spoilt="inputs_by_floor"),
+    Case(scheme="MXFP4", spoilt="mx_nibbles"),
+    *(Case(format="auto_gptq", options=ASYM, spoilt=s) for s in ("zeros_as_gptq_v2", "group_index")),
+    *(Case(format=f, spoilt=s) for f in ("auto_gptq", "auto_awq") for s in ("weight_nibbles", "scales")),
+    Case(format="llm_compressor", scheme="MXFP4", dtype="bfloat16", spoilt="mx_nibbles"),
+    Case(format="llm_compressor", scheme="MXFP8", loader="dequantize", spoilt="mx_scales"),
+)
+RENAMED = "its model has gate_proj, up_proj, down_proj and no way to find them under w1, w3, w2"
+KERNEL = "its 4-bit CPU kernel takes whole groups of 32, 64, 128 or 256; `backend='torch'` does without it"
+ROWS = "it takes the scales of 8-bit float experts for one a row"
+ONE = "it decodes all layers by one group of the config"
+FUSED = "transformers holds the experts in one tensor, which optimum and its AWQ route leave uninitialised"
+LIMITS = (
+    Case(model="mixtral", limit=RENAMED),
+    Case(model="llama_odd", limit="without whole groups it falls to a class for simulation, which fails"),
+    Case(format="auto_gptq", options=MIXED, limit="optimum does not read `dynamic`"),
+    Case(format="auto_gptq", options=HEAD, limit="optimum looks into the blocks only"),
+    Case(format="auto_gptq", model="opt_narrow", limit="optimum looks into the blocks only"),
+    Case(format="auto_gptq", model="qwen3_moe", limit=FUSED),
+    Case(format="auto_gptq", options={"group_size": -1}, limit=KERNEL),
+    Case(format="auto_gptq", options={"group_size": 96}, limit="it knows no other group sizes than powers of two"),
+    Case(format="auto_gptq", **OWN, options=ASYM, limit="it takes zero points from files of its own making only"),
+    Case(format="auto_gptq", **OWN, model="mixtral", limit=RENAMED),
+    Case(format="auto_gptq", **OWN, model="llama_odd", limit=KERNEL),
+    Case(format="auto_awq", options=HEAD, limit="transformers always keeps the head"),
+    Case(format="auto_awq", model="qwen3_moe", limit=FUSED),
+    Case(format="auto_awq", options={"group_size": -1}, limit=KERNEL),
+    Case(format="auto_awq", **OWN, options=KEPT, limit="it does not read `modules_to_not_convert`"),
+    Case(format="llm_compressor", scheme="MXFP8", model="qwen3_moe", loader="dequantize", limit=ROWS),
+    Case(format="llm_compressor", scheme="MXFP4", options=MX_MIXED, loader="dequantize", limit=ONE),
+)
+CASES = (*LOADED, *CONTROLS, *LIMITS)
+
+Result = dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    """What `load_checkpoint.py` said of each case, with the file of its logits and a folder that is not spoilt."""
+    work = tmp_path_factory.mktemp("consumers")
+    sources = {name: make_model(name, work / name) for name in {case.model for case in CASES}}
+    found: dict[str, Result] = {}
+    for consumer in dict.fromkeys(CONSUMERS.values()):
+        if python_of(consumer).exists():
+            jobs = [make_job(c, sources[c.model], work / c.name) for c in CASES if CONSUMERS[c.format] == consumer]
+            (work / "jobs.json").write_text(json.dumps(sorted(jobs, key=lambda job: str(job["process"]))))
+            command = [str(python_of(consumer)), str(HERE / "load_checkpoint.py"), str(work / "jobs.json")]
+            with (work / f"{consumer}.log").open("w") as log:
+                lines = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, check=True).stdout
+            said = {result["name"]: result for result in map(json.loads, lines.splitlines())}
+            found |= {job["name"]: job | said[job["name"]] for job in jobs}
+    return found
+
+
+def python_of(consumer: str) -> Path:
+    return PEERS / consumer / "bin" / "python"
+
+
+def make_model(name: str, folder: Path) -> Path:
+    if name == "tinybook":
+        return bundled_model()
+    kind, options = MODELS[name]
+    build(kind, folder, dtype="float16" if kind == "opt" else "bfloat16", **options)
+    tensors = load_file(folder / "model.safetensors")
+    larger = {name: t * GAIN if t.ndim == 2 else t for name, t in tensors.items()}
+    save_file(larger, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tokenizer(folder)  # GPTQModel does not load a model without one
+    return folder
+
+
+def make_job(case: Case, source: Path, folder: Path) -> Result:
+    """Quantize, and say what is to be loaded and how."""
+    for kind in ("ours", "spoilt") if case.spoilt else ("ours",):
+        roundel.quantize(source, folder / kind, scheme=case.scheme, format=case.format, **case.options)
+    if case.spoilt:
+        SPOILERS[case.spoilt](folder / "spoilt")
+    return {
+        "name": case.name,
+        "process": case.loader if CONSUMERS[case.format] == "gptqmodel" else case.name,
+        "folder": str(folder / ("spoilt" if case.spoilt else "ours")),
+        "ours": str(folder / "ours"),
+        "prompt": PROMPT,
+        "logits": str(folder / "logits.npy"),
+        "loader": case.loader,
+        "dtype": case.dtype,
+    }
+
+
+def result_of(case: Case, results: Mapping[str, Result]) -> Result:
+    if case.name not in results:
+        pytest.skip(f"{CONSUMERS[case.format]} is not installed: no {python_of(CONSUMERS[case.format])}")
+    return results[case.name]
+
+
+@pytest.mark.parametrize("case", LOADED, ids=lambda case: case.name)
+def test_says_what_our_weights_say(case: Case, results: dict[str, Result]) -> None:
+    result = result_of(case, results)
+    assert result["ok"], result["error"]
+    expected = reference(case, result)
+    assert divergence(expected, np.load(result["logits"])) < NEAR
+    assert result["tokens"][0] == int(expected[-1].argmax())
+
+
+@pytest.mark.parametrize("case", CONTROLS, ids=lambda case: case.name)
+def test_a_spoilt_file_does_not(case: Case, results: dict[str, Result]) -> None:
+    result = result_of(case, results)
+    assert result["ok"], result["error"]
+    assert not divergence(reference(case, result), np.load(result["logits"])) < FAR
+
+
+@pytest.mark.parametrize("case", LIMITS, ids=lambda case: case.name)
+def test_limits_are_real(case: Case, results: dict[str, Result]) -> None:
+    result = result_of(case, results)
+    assert not result["ok"] or not divergence(reference(case, result), np.load(result["logits"])) < FAR
+
+
+def divergence(expected: Tensor, logits: np.ndarray[Any, Any]) -> float:
+    """Mean KL(expected || logits) over positions, in nats."""
+    p, q = expected.double().log_softmax(-1), torch.from_numpy(logits).double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def reference(case: Case, result: Result) -> Tensor:
+    """Logits [tokens, vocab] of the float model with our decoded weights, in the dtype the consumer computed in."""
+    checkpoint = open_checkpoint(result["ours"])
+    layers = checkpoint.layers
+    model: Any = decoded_model(Path(result["ours"]), {name: checkpoint.decode(name) for name in layers})
+    checkpoint.close()
+    model.set_experts_implementation("eager")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, result["dtype"].removeprefix("torch.")))
+    modules, grids = dict(model.named_modules()), {}
+    for name, layer in layers.items():
+        if layer.scheme.input is None or case.loader == "dequantize":
+            continue
+        if name in modules:
+            grids[modules[name].weight.data_ptr()] = layer.scheme.input
+        elif case.format == "auto_round":  # transformers decodes the experts of an llm_compressor file, and no more
+            experts = modules[name.rpartition(".experts.")[0] + ".experts"]
+            grids |= {weight.data_ptr(): layer.scheme.input for weight in experts.parameters()}
+    rule = rounded if case.format == "auto_round" else rounded_by_compressed_tensors
+    with torch.no_grad(), RoundedInputs(grids, rule):
+        logits: Tensor = model(input_ids=torch.tensor([PROMPT]), use_cache=False).logits[0].float()
+    return logits
+
+
+class RoundedInputs(TorchFunctionMode):
+    """While it lasts, inputs of `linear` are rounded to the grid of its weight, which is known by where it lies."""
+
+    def __init__(self, grids: Mapping[int, Grid], rule: Callable[[Tensor, Grid], Tensor]) -> None:
+        super().__init__()
+        self.grids, self.rule = grids, rule
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is functional.linear:
+            grid = self.grids.get(args[1].untyped_storage().data_ptr())
+            if grid is not None:
+                inputs = args[0].reshape(-1, args[0].shape[-1]).float()
+                args = (self.rule(inputs, grid).to(args[0].dtype).view(args[0].shape), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+def rounded(inputs: Tensor, grid: Grid) -> Tensor:
+    return encode(inputs, grid).decode()
+
+
+def rounded_by_compressed_tensors(inputs: Tensor, grid: Grid) -> Tensor:
+    """Its exponent is the floor of log2(max), and one more where max is at least 1.75 times that power of two."""
+    groups = inputs.unflatten(-1, (-1, grid.block[1]))
+    mantissa, exponent = torch.frexp(groups.abs().amax(-1))
+    largest = math.floor(math.log2(grid.element.hi))
+    scale = (exponent - 1 + (mantissa >= 0.875).int() - largest + 127).clamp(0, 254).to(torch.uint8)
+    scaled = (groups / decode_e8m0(scale)[..., None]).flatten(-2)
+    codes = round_e2m1(scaled) if grid.element.name == "e2m1" else round_e4m3(scaled)
+    return QuantizedTensor(grid=grid, codes=codes, scale=scale.view(torch.float8_e8m0fnu)).decode()
