@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from models.pico import build
 
 import roundel
+from models.pico import build
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")

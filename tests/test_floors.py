@@ -14,6 +14,7 @@ FLOORS = (  # from the lowest; a part imports only from rows above its own, and 
     ("ops", "io", "families"),
     ("formats", "algorithms"),
     ("checkpoint", "fusion", "recipe", "support"),
+    ("choosing",),
     ("planning", "inspection"),
     ("report", "card"),
     ("verification", "output"),

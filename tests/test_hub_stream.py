@@ -1,4 +1,4 @@
-"""A model on the Hub goes through the stream: planned without weights, shards fetched once each and dropped after use."""
+"""A model on the Hub is streamed: planned without weights, each shard fetched once and dropped after use."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import Cut, HubServer, point_client_at
-from models.pico import build
 
 import roundel
+from hub_server import Cut, HubServer, point_client_at
+from models.pico import build
 from roundel.errors import SourceError
 from roundel.io import hub_repository
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from models.pico import build
 
 SHAPE = {

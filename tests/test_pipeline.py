@@ -20,8 +20,8 @@ from models.pico import build
 from models.raw import hashes, plant, spot
 from roundel import pipeline
 from roundel.checkpoint import open_checkpoint
-from roundel.errors import NumericsError, PlanChanged, PlanError, SourceError
-from roundel.io.journal import JOURNAL, read_journal
+from roundel.errors import NumericsError, OutputError, PlanChanged, PlanError, SourceError
+from roundel.io.journal import JOURNAL, alone, read_journal
 from roundel.output import open_shards
 from victim import Victims
 
@@ -422,3 +422,22 @@ def test_a_packed_source_with_a_scale_that_is_not_finite(model: Path, tmp_path: 
             roundel.quantize(packed, out, strict=True, overwrite=True, **options)  # type: ignore[arg-type]
         report = roundel.quantize(packed, out, overwrite=True, **options)  # type: ignore[arg-type]
         assert list(report.plan.demoted) == [name]
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+
+    source = build("llama", tmp_path / "m")
+    out = tmp_path / "o"
+    out.mkdir()
+    with alone(out), pytest.raises(OutputError, match="Another run"):
+        roundel.quantize(source, out, scheme="W4A16G32")
+    roundel.quantize(source, out, scheme="W4A16G32")
+
+
+def test_a_source_that_changed_is_another_source(tmp_path: Path) -> None:
+    source = build("llama", tmp_path / "m")
+    assert not roundel.quantize(source, tmp_path / "o", scheme="W4A16G32").already_complete
+    assert roundel.quantize(source, tmp_path / "o", scheme="W4A16G32").already_complete
+    build("llama", source, seed=1)
+    with pytest.raises(OutputError, match="not empty"):
+        roundel.quantize(source, tmp_path / "o", scheme="W4A16G32")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from roundel.checkpoint import Checkpoint, open_checkpoint
 from roundel.errors import RecipeError
-from roundel.io.journal import read_journal
+from roundel.io.journal import alone, read_journal
 from roundel.io.source import LocalFiles, small_files
 from roundel.output import clear, is_complete, prepare, read_report
 from roundel.pipeline import Demoted, Progress, default_workers, run
@@ -97,16 +99,22 @@ def quantize_checkpoint(
     files = checkpoint.source.files
     for name in small_files(checkpoint.source) if isinstance(files, LocalFiles) else ():
         files.fetch(name)  # one that may not be read, or leaves the folder, shows before the first weight is read
-    prepare(out, made, files.folder if isinstance(files, LocalFiles) else None, overwrite)
-    while True:
-        try:
-            return run(made, checkpoint, out, workers or default_workers(made, device), device, progress)
-        except Demoted as error:
-            if recipe.strict:
-                raise
-            demoted = {**demoted, **{name: _short(text) for name, text in error.layers.items()}}
-            clear(out, made)
-            made = build_plan(checkpoint, recipe, demoted)
+    with ExitStack() as held:
+        existed = os.path.isdir(out)  # False, not an error, where the folder above may not be read
+        if existed:
+            held.enter_context(alone(out))
+        prepare(out, made, files.folder if isinstance(files, LocalFiles) else None, overwrite)
+        if not existed:
+            held.enter_context(alone(out))
+        while True:
+            try:
+                return run(made, checkpoint, out, workers or default_workers(made, device), device, progress)
+            except Demoted as error:
+                if recipe.strict:
+                    raise
+                demoted = {**demoted, **{name: _short(text) for name, text in error.layers.items()}}
+                clear(out, made)
+                made = build_plan(checkpoint, recipe, demoted)
 
 
 def check_device(device: str, planning: bool = False) -> None:

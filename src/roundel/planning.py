@@ -16,11 +16,12 @@ from typing import Literal
 from roundel import __version__
 from roundel.algorithms import algorithm_named
 from roundel.checkpoint import Checkpoint, Matrix
-from roundel.errors import PlanError, nearest
-from roundel.formats import FORMATS, Contents, Format, format_named
+from roundel.choosing import choose, head_asked, layers_of, settle
+from roundel.errors import PlanError
+from roundel.formats import Contents, Format, format_named
 from roundel.fusion import fuses, slab_rows
 from roundel.io.safetensors import ShardLayout, lay_out
-from roundel.recipe import Choice, Recipe, matches, parse_size, scheme_of_entry
+from roundel.recipe import Choice, Recipe, parse_size
 from roundel.scheme import Scheme
 from roundel.tensor import ITEMSIZE, TensorSpec
 from roundel.unit import Layer, Piece
@@ -181,7 +182,7 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe, demoted: Mapping[str, str
     demoted = demoted or {}
     problems: list[str] = []
     matrices = dict(checkpoint.matrices)
-    untied = checkpoint.is_tied and _head_asked(recipe, checkpoint.family.head)
+    untied = checkpoint.is_tied and head_asked(recipe, checkpoint.family.head)
     if untied:
         matrices[checkpoint.family.head] = checkpoint.tied_head()
     elif recipe.quant_lm_head and checkpoint.family.head not in matrices:
@@ -189,17 +190,17 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe, demoted: Mapping[str, str
             f"--quant-lm-head is asked for and {checkpoint.source.name} has no {checkpoint.family.head}. Drop the "
             f"option."
         )
-    choices = _choose(matrices, recipe, checkpoint.family.head, problems)
+    choices = choose(matrices, recipe, checkpoint.family.head, problems)
     for name, reason in demoted.items():
         choices[name] = Choice(scheme=None, origin=reason)
     formats = [format_named(name) for name in recipe.formats]
-    layers = _layers(matrices, choices, formats, recipe, problems)
+    layers = layers_of(matrices, choices, formats, recipe, problems)
     if not layers and not problems:
         problems.append(
             f"No layer of {checkpoint.source.name} would be rounded: every matrix is kept. See `roundel plan` for "
             f"the reasons."
         )
-    settled = _settle(formats, layers, problems)
+    settled = settle(formats, layers, problems)
     if problems:
         raise PlanError(problems)
     works = _works(checkpoint, matrices, {layer.name: layer for layer in layers})
@@ -236,100 +237,6 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe, demoted: Mapping[str, str
         demoted=dict(demoted),
         notes=_notes(checkpoint, layers, demoted, untied),
     )
-
-
-def _head_asked(recipe: Recipe, head: str) -> bool:
-    return recipe.quant_lm_head or head in recipe.layer_config
-
-
-def _choose(matrices: Mapping[str, Matrix], recipe: Recipe, head: str, problems: list[str]) -> dict[str, Choice]:
-    """The scheme of every matrix, or why it stays."""
-    choices: dict[str, Choice] = {}
-    for matrix in matrices.values():
-        reason = matrix.reason
-        if matrix.name == head and _head_asked(recipe, head):
-            reason = None
-        scheme = None if reason else recipe.default_for(matrix.role)
-        choices[matrix.name] = Choice(scheme=scheme, origin=reason or f"scheme {recipe.scheme}")
-    linear = [name for name, choice in choices.items() if choice.scheme is not None]
-    for pattern, value in sorted(recipe.layer_config.items(), key=lambda entry: entry[0] in matrices):
-        found = {pattern} if pattern in matrices else matches(pattern, choices) & set(linear)
-        if not found:
-            problems.append(_unmatched("layer_config", pattern, linear, choices))
-        for name in found:
-            scheme = scheme_of_entry(pattern, value, recipe.default_for(matrices[name].role))
-            choices[name] = Choice(scheme=scheme, origin=f"layer_config {pattern!r}")
-    exact = {p for p in recipe.layer_config if p in matrices}
-    for pattern in recipe.ignore_layers:
-        found = matches(pattern, choices)
-        if not found:
-            problems.append(_unmatched("ignore_layers", pattern, linear, choices))
-        for name in found & set(linear) - exact:
-            choices[name] = Choice(scheme=None, origin=f"ignore_layers {pattern!r}")
-    return choices
-
-
-def _unmatched(option: str, pattern: str, linear: Sequence[str], choices: Mapping[str, Choice]) -> str:
-    kept = sorted(matches(pattern, choices))
-    if kept:
-        return (
-            f"{option} {pattern!r} matches only matrices that are kept, such as {kept[0]} ({choices[kept[0]].origin}). "
-            "Name one exactly to round it all the same."
-        )
-    tails = Counter(name.rpartition(".")[2] for name in linear)
-    known = ", ".join(sorted(tails)[:12])
-    return f"{option} {pattern!r} matches no layer.{nearest(pattern, (*tails, *linear))} Layers end in {known}."
-
-
-def _layers(
-    matrices: Mapping[str, Matrix],
-    choices: Mapping[str, Choice],
-    formats: Sequence[Format],
-    recipe: Recipe,
-    problems: list[str],
-) -> list[Layer]:
-    algorithm = algorithm_named(recipe.algorithm)
-    layers: list[Layer] = []
-    refused: dict[tuple[str, str], list[Layer]] = {}
-    for matrix in matrices.values():
-        scheme = choices[matrix.name].scheme
-        if scheme is None:
-            continue
-        for format in formats:
-            scheme = format.grid_of(scheme)
-        layer = matrix.layer(scheme)
-        layers.append(layer)
-        reasons = [
-            (f"algorithm {algorithm.name}", algorithm.refuse(layer)),
-            *((f.name, f.refuse(layer)) for f in formats),
-        ]
-        for who, reason in reasons:
-            if reason is not None:
-                refused.setdefault((who, reason), []).append(layer)
-    for (_, reason), refused_layers in refused.items():
-        problems.append(_refusal(reason, refused_layers))
-    return layers
-
-
-def _refusal(reason: str, layers: Sequence[Layer]) -> str:
-    first, more = layers[0], len(layers) - 1
-    others = f" (and {more} more)" if more else ""
-    storing = [f.name for f in FORMATS.values() if f.writes and all(f.refuse(layer) is None for layer in layers)]
-    remedy = f"Use format {' or '.join(storing)}, " if storing else "Choose another scheme, "
-    return (
-        f"{first.name} {list(first.shape)}{others}: {reason}. {remedy}or change these layers with --layer-config or "
-        "--ignore-layers."
-    )
-
-
-def _settle(formats: Sequence[Format], layers: Sequence[Layer], problems: list[str]) -> list[Format]:
-    settled: list[Format] = []
-    for format in formats:
-        try:
-            settled.append(format.settle(layers))
-        except PlanError as error:
-            problems.extend(error.problems)
-    return settled
 
 
 def _works(checkpoint: Checkpoint, matrices: Mapping[str, Matrix], layers: Mapping[str, Layer]) -> tuple[Work, ...]:

@@ -15,8 +15,9 @@ file to write (.npy, float32 [tokens, vocab]), `dtype` is the dtype to ask for, 
 Prints one line of JSON for each job as it ends: name, ok, and `error`, or else `modules` (class of a leaf module -> how
 many there are), the model's `dtype`, and 8 greedily chosen `tokens`. Everything else goes to standard error.
 
-Jobs that follow each other with the same `process` share a fork, others have their own: loaders change what transformers
-knows of an architecture, and kernels may crash; but to import GPTQModel anew takes longer than to load a model.
+Jobs that follow each other with the same `process` share a fork, others have their own: loaders change what
+transformers knows of an architecture, and kernels may crash; but to import GPTQModel anew takes longer than to load a
+model.
 """
 
 import json

@@ -107,8 +107,8 @@ class AutoGptq(Format):
 def _modules_inside(contents: Contents) -> list[list[str]] | None:
     """The layers that are quantized, for readers that take that list; None where every linear of every block is.
 
-    Readers compare ends of names: a name within a block stands for all blocks, so a layer that another block keeps goes by
-    its whole name.
+    Readers compare ends of names: a name within a block stands for all blocks, so a layer that another block keeps
+    goes by its whole name.
     """
     inside = re.compile(rf"(?:{'|'.join(map(re.escape, contents.blocks))})\.\d+\.(.+)")
     kept = {m[1] for module in contents.kept if (m := inside.fullmatch(module))}

@@ -97,6 +97,10 @@ class HubSnapshot:
             _write(kept, header)
         return header
 
+    def stamp(self, name: str) -> str:
+        """The commit the file is of."""
+        return self.commit
+
     def fetch(self, name: str) -> Path:
         """The file, whole, on disk: in the folder, in the user's own cache, or else downloaded now.
 

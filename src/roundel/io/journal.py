@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from roundel.errors import OutputError, PlanChanged
 
-__all__ = ["JOURNAL", "Journal", "read_journal"]
+__all__ = ["JOURNAL", "Journal", "alone", "read_journal"]
 
 JOURNAL = "journal.jsonl"
 
@@ -39,6 +40,36 @@ def read_journal(folder: Path) -> tuple[dict[str, object], list[dict[str, object
             break
         rows.append(row)
     return (rows[0], rows[1:]) if rows else None
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder so that no second run writes to it. Raises OutputError when one does already.
+
+    The hold ends with the process, however it ends; where the system knows no file locks there is none.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield  # what may not even be opened is refused, by name, before anything is written to it
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"Another run is writing to {folder}. Wait until it has ended, or choose another output folder."
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class Journal:

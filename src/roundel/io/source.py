@@ -22,6 +22,7 @@ from roundel.unit import Piece
 
 __all__ = ["Files", "LocalFiles", "Source", "is_weight_file", "open_source"]
 
+SAMPLES, SAMPLE_BYTES = 16, 4096  # of a shard, by which a local checkpoint is known again
 INDEX = "model.safetensors.index.json"
 JSON_LIMIT = 256_000_000  # bytes; a config or index beyond this is no config
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -33,6 +34,7 @@ class Files(Protocol):
     files: dict[str, int]
 
     def header(self, name: str) -> bytes: ...
+    def stamp(self, name: str) -> str: ...
     def fetch(self, name: str) -> Path: ...
     def prefetch(self, name: str) -> None: ...
     def drop(self, name: str) -> None: ...
@@ -73,6 +75,15 @@ class LocalFiles:
         if not os.access(path, os.R_OK):
             raise SourceError(f"{path} may not be read: permission denied. Check the file's rights.")
         return path
+
+    def stamp(self, name: str) -> str:
+        """sha256 of a few evenly spaced samples: equal for a copy, another for a finetune of the same layout."""
+        digest, size = hashlib.sha256(), self.files[name]
+        with (self.folder / name).open("rb", buffering=0) as file:
+            for begin in range(0, size, max(SAMPLE_BYTES, size // SAMPLES)):
+                file.seek(begin)
+                digest.update(file.read(SAMPLE_BYTES))
+        return digest.hexdigest()
 
     def prefetch(self, name: str) -> None:
         """Nothing to do: the file is here."""
@@ -137,8 +148,11 @@ class Source:
         return self._places[name][0]
 
     def fingerprint(self) -> str:
-        """sha256 over every tensor's name, dtype, shape and place: changes when the checkpoint is another one."""
+        """sha256 over every tensor's name, dtype, shape and place, and each shard's stamp (of a few samples, or its
+        commit): changes when the checkpoint is another one."""
         digest = hashlib.sha256()
+        for shard in sorted({shard for shard, _ in self._places.values()}):
+            digest.update(f"{shard} {self.files.files[shard]} {self.files.stamp(shard)}\n".encode())
         for name, (shard, place) in sorted(self._places.items()):
             digest.update(f"{name} {place.spec.dtype} {place.spec.shape} {shard} {place.begin}\n".encode())
         return digest.hexdigest()

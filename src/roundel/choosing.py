@@ -1,0 +1,110 @@
+"""Which scheme every matrix gets, and why; what the algorithm and the formats refuse. Problems are gathered."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from roundel.algorithms import algorithm_named
+from roundel.checkpoint import Matrix
+from roundel.errors import PlanError, nearest
+from roundel.formats import FORMATS, Format
+from roundel.recipe import Choice, Recipe, matches, scheme_of_entry
+from roundel.unit import Layer
+
+__all__ = ["choose", "head_asked", "layers_of", "settle"]
+
+
+def head_asked(recipe: Recipe, head: str) -> bool:
+    """Whether the output head is to be rounded."""
+    return recipe.quant_lm_head or head in recipe.layer_config
+
+
+def choose(matrices: Mapping[str, Matrix], recipe: Recipe, head: str, problems: list[str]) -> dict[str, Choice]:
+    """The scheme of every matrix, or why it stays."""
+    choices: dict[str, Choice] = {}
+    for matrix in matrices.values():
+        reason = matrix.reason
+        if matrix.name == head and head_asked(recipe, head):
+            reason = None
+        scheme = None if reason else recipe.default_for(matrix.role)
+        choices[matrix.name] = Choice(scheme=scheme, origin=reason or f"scheme {recipe.scheme}")
+    linear = [name for name, choice in choices.items() if choice.scheme is not None]
+    for pattern, value in sorted(recipe.layer_config.items(), key=lambda entry: entry[0] in matrices):
+        found = {pattern} if pattern in matrices else matches(pattern, choices) & set(linear)
+        if not found:
+            problems.append(_unmatched("layer_config", pattern, linear, choices))
+        for name in found:
+            scheme = scheme_of_entry(pattern, value, recipe.default_for(matrices[name].role))
+            choices[name] = Choice(scheme=scheme, origin=f"layer_config {pattern!r}")
+    exact = {p for p in recipe.layer_config if p in matrices}
+    for pattern in recipe.ignore_layers:
+        found = matches(pattern, choices)
+        if not found:
+            problems.append(_unmatched("ignore_layers", pattern, linear, choices))
+        for name in found & set(linear) - exact:
+            choices[name] = Choice(scheme=None, origin=f"ignore_layers {pattern!r}")
+    return choices
+
+
+def _unmatched(option: str, pattern: str, linear: Sequence[str], choices: Mapping[str, Choice]) -> str:
+    kept = sorted(matches(pattern, choices))
+    if kept:
+        return (
+            f"{option} {pattern!r} matches only matrices that are kept, such as {kept[0]} ({choices[kept[0]].origin}). "
+            "Name one exactly to round it all the same."
+        )
+    tails = Counter(name.rpartition(".")[2] for name in linear)
+    known = ", ".join(sorted(tails)[:12])
+    return f"{option} {pattern!r} matches no layer.{nearest(pattern, (*tails, *linear))} Layers end in {known}."
+
+
+def layers_of(
+    matrices: Mapping[str, Matrix],
+    choices: Mapping[str, Choice],
+    formats: Sequence[Format],
+    recipe: Recipe,
+    problems: list[str],
+) -> list[Layer]:
+    algorithm = algorithm_named(recipe.algorithm)
+    layers: list[Layer] = []
+    refused: dict[tuple[str, str], list[Layer]] = {}
+    for matrix in matrices.values():
+        scheme = choices[matrix.name].scheme
+        if scheme is None:
+            continue
+        for format in formats:
+            scheme = format.grid_of(scheme)
+        layer = matrix.layer(scheme)
+        layers.append(layer)
+        reasons = [
+            (f"algorithm {algorithm.name}", algorithm.refuse(layer)),
+            *((f.name, f.refuse(layer)) for f in formats),
+        ]
+        for who, reason in reasons:
+            if reason is not None:
+                refused.setdefault((who, reason), []).append(layer)
+    for (_, reason), refused_layers in refused.items():
+        problems.append(_refusal(reason, refused_layers))
+    return layers
+
+
+def _refusal(reason: str, layers: Sequence[Layer]) -> str:
+    first, more = layers[0], len(layers) - 1
+    others = f" (and {more} more)" if more else ""
+    storing = [f.name for f in FORMATS.values() if f.writes and all(f.refuse(layer) is None for layer in layers)]
+    remedy = f"Use format {' or '.join(storing)}, " if storing else "Choose another scheme, "
+    return (
+        f"{first.name} {list(first.shape)}{others}: {reason}. {remedy}or change these layers with --layer-config or "
+        "--ignore-layers."
+    )
+
+
+def settle(formats: Sequence[Format], layers: Sequence[Layer], problems: list[str]) -> list[Format]:
+    settled: list[Format] = []
+    for format in formats:
+        try:
+            settled.append(format.settle(layers))
+        except PlanError as error:
+            problems.extend(error.problems)
+    return settled
