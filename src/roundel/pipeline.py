@@ -37,6 +37,7 @@ __all__ = ["Demoted", "Progress", "default_workers", "run"]
 
 FLUSH_BYTES = 64 << 20  # flushed and journaled at least this often, or after FLUSH_SECONDS
 FLUSH_SECONDS = 1.0
+ERROR_WEIGHTS = 1 << 20  # compared at a time
 
 Progress = Callable[[Work, Row], None]
 
@@ -309,9 +310,13 @@ def _finite(layer: Layer, weight: Tensor) -> Tensor:
 
 
 def _errors(weight: Tensor, quantized: QuantizedTensor) -> Errors:
-    exact = weight.float()
-    error = exact - quantized.decode()
-    return Errors(float(exact.double().square().sum()), float(error.double().square().sum()))
+    decoded, signal, noise = quantized.decode(), 0.0, 0.0
+    rows = max(1, ERROR_WEIGHTS // weight.shape[1])
+    for start in range(0, weight.shape[0], rows):  # float64 sums, a slab at a time
+        exact = weight[start : start + rows].double()
+        signal += float(exact.square().sum())
+        noise += float(exact.sub_(decoded[start : start + rows]).square_().sum())
+    return Errors(signal, noise)
 
 
 def _as_bytes(tensor: Tensor, dtype: str | None = None) -> memoryview:

@@ -154,8 +154,10 @@ class Plan:
 
 
 COPY_BYTES = 8 << 20  # a copy goes from file to file, at most through a buffer of this size
-BASE_PLAIN = 120 << 20  # interpreter, numpy, numba, rich: measured
-BASE_WITH_TORCH = 300 << 20  # the same with torch: measured
+BASE_PLAIN = 141 << 20  # interpreter, numpy, numba, rich: measured
+BASE_WITH_TORCH = 330 << 20  # the same with torch: measured
+FLOAT_BYTES = 17  # for each weight of a matrix on its way through torch: stored, decoded thrice over, codes
+COMPARED_BYTES = 24 << 20  # of float64, while a matrix is compared with what it became
 
 
 def _working_bytes(work: Work, formats: Sequence[Format], fused: bool, plain: bool) -> int:
@@ -169,7 +171,7 @@ def _working_bytes(work: Work, formats: Sequence[Format], fused: bool, plain: bo
     if fused:
         codes = layer.shape[1] * min(slab_rows(layer), layer.shape[0])
         return packed + codes * (1 + ITEMSIZE[layer.dtype])
-    return packed + layer.parameters * (4 + 4 + 4 + 1)  # stored or float, decoded, its error, codes
+    return packed + layer.parameters * FLOAT_BYTES + COMPARED_BYTES
 
 
 def build_plan(checkpoint: Checkpoint, recipe: Recipe, demoted: Mapping[str, str] | None = None) -> Plan:
