@@ -28,7 +28,6 @@ def test_mx_presets_round_weights_by_floor_and_inputs_as_named() -> None:
     [
         ("w4a16", 4, 128, True),
         ("W3A16G64_ASYM", 3, 64, False),
-        ("int4", 4, 128, True),
         ("W4A16G-1", 4, -1, True),
         ("W4A16_ASYM", 4, 128, False),
     ],
@@ -49,6 +48,7 @@ def test_altered_replaces_only_what_is_named() -> None:
     ("make", "words"),
     [
         (lambda: Scheme.parse("W4B16"), ["W4B16", "W4A16"]),
+        (lambda: Scheme.parse("INT8"), ["INT8", "Known are"]),  # W8A8 to auto-round, so not quietly W8A16 here
         (lambda: Scheme.parse("W9A16"), ["9", "2 to 8"]),
         (lambda: Scheme.parse("W4A16_MIXED"), ["mix"]),
         (lambda: integer_scheme(4, 0), ["group_size=0", "-1"]),

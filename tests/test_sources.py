@@ -144,3 +144,41 @@ def test_quantized_head_of_a_tied_model(tmp_path: Path) -> None:
     found = verify(tmp_path / "o", source)
     assert found.passed, found.problems
     assert any(c.name == "lm_head" for c in found.checks)
+
+
+def test_fp8_with_power_of_two_scales(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    source = build_fp8(tmp_path / "m", "block")
+    tensors = load_file(source / "model.safetensors")
+    for name in [n for n in tensors if n.endswith("_inv")]:
+        tensors[name] = torch.exp2(torch.round(torch.log2(tensors[name].float()))).to(torch.float8_e8m0fnu)
+    save_file(tensors, source / "model.safetensors")
+    assert roundel.quantize(source, tmp_path / "o", scheme="W8A16G32").mean_sqnr > 35
+    assert verify(tmp_path / "o", source).passed
+
+
+def test_fp8_that_nothing_explains_is_refused(tmp_path: Path) -> None:
+    import json
+
+    from roundel.errors import SourceError
+
+    source = build_fp8(tmp_path / "m", "tensor")
+    config = json.loads((source / "config.json").read_text())
+    config.pop("quantization_config")
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match="does not say how it is scaled"):
+        roundel.plan(source, scheme="W4A16G32")
+
+
+def test_conv1d_is_not_rounded_even_when_named(tmp_path: Path) -> None:
+    from roundel.errors import PlanError
+
+    source = build("gpt2", tmp_path / "m")
+    with pytest.raises(PlanError, match=r"every matrix is kept .*Conv1D"):
+        roundel.plan(source, scheme="W4A16G32")
+    checkpoint = open_checkpoint(source)
+    name = next(m.name for m in checkpoint.matrices.values() if (m.reason or "").startswith("Conv1D"))
+    checkpoint.close()
+    with pytest.raises(PlanError, match="cannot be rounded"):
+        roundel.plan(source, scheme="W4A16G32", layer_config={name: "W8A16G32"})

@@ -28,7 +28,7 @@ def size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
-def command_of(recipe: Recipe, model: str, out: str = "OUT") -> str:
+def command_of(recipe: Recipe, model: str, out: str = "OUT", revision: str | None = None) -> str:
     """The command line that makes this output."""
     default = Recipe()
     words = ["roundel", "quantize", model, out, "--scheme", recipe.scheme]
@@ -48,6 +48,8 @@ def command_of(recipe: Recipe, model: str, out: str = "OUT") -> str:
         words += ["--shard-size", str(recipe.shard_size)]
     if recipe.strict:
         words.append("--strict")
+    if revision is not None:
+        words += ["--revision", revision]
     return shlex.join(words)
 
 
@@ -67,7 +69,7 @@ def model_card(plan: Plan, output: int) -> str:
 - roundel
 - {made.format.name}
 ---
-# {plan.source_name.rpartition("/")[2]}, {recipe.scheme}
+# {plan.source_name.rpartition("/")[2]}, {recipe.label}
 
 Weights of {plan.source_name} rounded by roundel {__version__}. Load with {
         _LOAD.get(made.format.name, made.format.summary)
@@ -84,7 +86,7 @@ Weights of {plan.source_name} rounded by roundel {__version__}. Load with {
 
 Made with
 
-    {command_of(recipe, plan.source_name)}
+    {command_of(recipe, plan.source_name, revision=plan.source_revision)}
 
 `recipe.json` holds the recipe, `report.json` the signal-to-noise ratio of every layer.
 {notes}"""

@@ -165,6 +165,11 @@ class Checkpoint:
             shape, dtype, used = found.shape, self._decoded_dtype(), set(found.parts)
         else:
             weight = parts.get("weight")
+            if weight is not None and weight.dtype.startswith("F8_"):
+                raise SourceError(
+                    f"{prefix}weight is {weight.dtype} and config.json does not say how it is scaled. Fetch "
+                    "config.json again, with its quantization_config."
+                )
             if weight is None or len(weight.shape) != 2 or weight.dtype not in FLOAT_DTYPES or 0 in weight.shape:
                 self.loose.extend(prefix + part for part in parts)
                 return

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from roundel.algorithms import algorithm_named
 from roundel.checkpoint import Matrix
 from roundel.errors import PlanError, nearest
+from roundel.families.generic import CONV1D
 from roundel.formats import FORMATS, Format
 from roundel.recipe import Choice, Recipe, matches, scheme_of_entry
 from roundel.unit import Layer
@@ -28,13 +29,15 @@ def choose(matrices: Mapping[str, Matrix], recipe: Recipe, head: str, problems: 
         if matrix.name == head and head_asked(recipe, head):
             reason = None
         scheme = None if reason else recipe.default_for(matrix.role)
-        choices[matrix.name] = Choice(scheme=scheme, origin=reason or f"scheme {recipe.scheme}")
+        choices[matrix.name] = Choice(scheme=scheme, origin=reason or f"scheme {recipe.label}")
     linear = [name for name, choice in choices.items() if choice.scheme is not None]
     for pattern, value in sorted(recipe.layer_config.items(), key=lambda entry: entry[0] in matrices):
         found = {pattern} if pattern in matrices else matches(pattern, choices) & set(linear)
         if not found:
             problems.append(_unmatched("layer_config", pattern, linear, choices))
         for name in found:
+            if matrices[name].reason == CONV1D and pattern == name:
+                problems.append(f"layer_config {name!r}: {CONV1D}. It cannot be rounded; take it out.")
             scheme = scheme_of_entry(pattern, value, recipe.default_for(matrices[name].role))
             choices[name] = Choice(scheme=scheme, origin=f"layer_config {pattern!r}")
     exact = {p for p in recipe.layer_config if p in matrices}

@@ -8,7 +8,6 @@ QuantizationError
 ├─ SourceError         the checkpoint is broken or out of reach   (missing shard, bad header, gated)
 ├─ GridError           numbers and grid disagree: our bug
 ├─ NumericsError       non-finite weights                         names layer and first bad index
-├─ BackendError        nothing can run this layer here            lists every backend and its reason
 └─ VerificationError   a written checkpoint does not hold what its plan says
 
 A message is one sentence of what, one of why, one of what to do.
@@ -20,7 +19,6 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 __all__ = [
-    "BackendError",
     "GridError",
     "NumericsError",
     "OutputError",
@@ -94,12 +92,6 @@ class VerificationError(QuantizationError):
     """A checkpoint does not hold what it should."""
 
     exit_code = 7
-
-
-class BackendError(QuantizationError):
-    """Nothing can run this layer here. Lists every backend and its reason."""
-
-    exit_code = 8
 
 
 class GridError(QuantizationError):

@@ -90,6 +90,7 @@ class Plan:
 
     recipe: Recipe
     source_name: str
+    source_revision: str | None
     source_fingerprint: str
     family: str
     works: tuple[Work, ...]
@@ -199,8 +200,8 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe, demoted: Mapping[str, str
     layers = layers_of(matrices, choices, formats, recipe, problems)
     if not layers and not problems:
         problems.append(
-            f"No layer of {checkpoint.source.name} would be rounded: every matrix is kept. See `roundel plan` for "
-            f"the reasons."
+            f"No layer of {checkpoint.source.name} would be rounded: every matrix is kept "
+            f"({'; '.join(dict.fromkeys(c.origin for c in choices.values()))}). Change what is ignored or kept."
         )
     settled = settle(formats, layers, problems)
     if problems:
@@ -227,6 +228,7 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe, demoted: Mapping[str, str
     return Plan(
         recipe=recipe,
         source_name=checkpoint.source.name,
+        source_revision=checkpoint.source.revision,
         source_fingerprint=checkpoint.source.fingerprint(),
         family=checkpoint.family.name + (" (a guess)" if checkpoint.family.guess else ""),
         works=works,
@@ -237,7 +239,7 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe, demoted: Mapping[str, str
         untied=untied,
         source_bytes=sum(s.nbytes for s in checkpoint.source.tensors.values()),
         demoted=dict(demoted),
-        notes=_notes(checkpoint, layers, demoted, untied),
+        notes=_notes(checkpoint, layers, matrices, demoted, untied),
     )
 
 
@@ -323,7 +325,11 @@ def _most_common(layers: Sequence[Layer]) -> Scheme:
 
 
 def _notes(
-    checkpoint: Checkpoint, layers: Sequence[Layer], demoted: Mapping[str, str], untied: bool
+    checkpoint: Checkpoint,
+    layers: Sequence[Layer],
+    matrices: Mapping[str, Matrix],
+    demoted: Mapping[str, str],
+    untied: bool,
 ) -> tuple[str, ...]:
     notes = [f"fallback: {name} stays in full precision: {reason}" for name, reason in demoted.items()]
     if checkpoint.family.guess:
@@ -331,6 +337,10 @@ def _notes(
             f"no family is named after model_type {checkpoint.source.config.get('model_type')!r}: the general "
             f"rules decide what is a linear layer"
         )
+    for layer in layers:
+        reason = matrices[layer.name].reason
+        if reason is not None and layer.role != "head":
+            notes.append(f"{layer.name} is rounded because it is named exactly; by rule it stays ({reason})")
     if untied:
         notes.append(
             "the output head is rounded, so it no longer shares the embedding's tensor: tie_word_embeddings "

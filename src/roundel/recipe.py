@@ -86,6 +86,12 @@ class Recipe:
         for pattern in self.ignore_layers:
             compiled(pattern)
 
+    @property
+    def label(self) -> str:
+        """What people call the result: the mix's name, or the scheme's with bits, group size and symmetry replaced."""
+        mix = _mix(self.scheme)
+        return mix.name if mix is not None else self.default_for("linear").name
+
     def default_for(self, role: str) -> Scheme:
         """The scheme of a layer that no override names."""
         mix = _mix(self.scheme)

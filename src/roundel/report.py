@@ -95,6 +95,7 @@ class Report:
         head = {
             "fingerprint": plan.fingerprint,
             "source": plan.source_name,
+            "revision": plan.source_revision,
             "family": plan.family,
             "format": plan.outputs[output].format.name,
             "bits_per_weight": round(plan.bits_per_weight, 4),

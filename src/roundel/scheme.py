@@ -2,7 +2,7 @@
 
 A `Scheme` is a value: two layers quantized alike have equal schemes. Nothing here touches a tensor, so a plan can be
 made without torch. Preset names are auto-round's (its `schemes.py`); names are read in any case. Other people's
-spellings ("w4a16_asym", "int4", `{"bits": 4, "group_size": 64}`) are understood here and nowhere else.
+spellings ("w4a16_asym", "mx_fp4", `{"bits": 4, "group_size": 64}`) are understood here and nowhere else.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ PRESETS: dict[str, Scheme] = {
 MIXES: dict[str, Mix] = {m.name: m for m in (Mix("W4A16_MIXED", experts="W4A16", others="W8A16"),)}
 
 _INTEGER_NAME = re.compile(r"W(?P<bits>\d+)A16(?:_?G(?P<group>-?\d+))?(?P<asym>_ASYM|_SYM)?")
-_FOREIGN_NAMES = {**{f"INT{b}": f"W{b}A16" for b in INTEGER_BITS}, "MX_FP4": "MXFP4", "MX_FP8": "MXFP8"}
+_FOREIGN_NAMES = {"MX_FP4": "MXFP4", "MX_FP8": "MXFP8"}
 
 
 @cache

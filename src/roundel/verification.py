@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,14 +71,13 @@ def verify(
     against   the model it was made from: adds signal-to-noise per layer, and that kept tensors are unchanged
     Raises SourceError when either cannot be opened at all (truncated, unfinished, not a model).
     """
-    checkpoint = open_checkpoint(out)
-    source = open_checkpoint(against) if against is not None else None
-    try:
-        return verify_checkpoint(checkpoint, source, progress)
-    finally:
-        checkpoint.close()
+    with tempfile.TemporaryDirectory(prefix="roundel-") as work, ExitStack() as opened:
+        checkpoint = open_checkpoint(out)
+        opened.callback(checkpoint.close)
+        source = open_checkpoint(against, work=Path(work)) if against is not None else None
         if source is not None:
-            source.close()
+            opened.callback(source.close)
+        return verify_checkpoint(checkpoint, source, progress)
 
 
 def verify_checkpoint(

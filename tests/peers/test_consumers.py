@@ -85,7 +85,7 @@ class Case:
     @property
     def name(self) -> str:
         parts = [self.format, self.model, self.scheme, *(f"{key}={value}" for key, value in self.options.items())]
-        parts += [self.loader] * (self.loader != "transformers") + [self.spoilt] * (self.spoilt is not None)
+        parts += [self.loader] * (self.loader != "transformers") + ([self.spoilt] if self.spoilt else [])
         return re.sub(r"[^\w.=-]+", "_", "-".join([*parts, self.dtype] if self.dtype != "float32" else parts))
 
 
@@ -144,7 +144,7 @@ def auto_round() -> list[Case]:
     models = [Case(model=m, options=o) for m in ("opt", "opt_narrow", "qwen3_moe", "tinybook") for o in ({}, ASYM)]
     models += [Case(model="llama_tied", options=o) for o in ({}, HEAD)]
     models += [Case(model="qwen3_moe", scheme="W4A16_MIXED"), Case(model="tinybook", scheme="W2A16G32")]
-    dtypes = [Case(scheme=s, dtype=d) for s in ("W3A16", "W4A16") for d in ("float16", "bfloat16")]
+    dtypes = [Case(dtype="float16"), *(Case(scheme="W3A16", dtype=d) for d in ("float16", "bfloat16"))]
     mx = [Case(scheme=s) for s in ("MXFP4", "MXFP8", "MXFP4_RCEIL", "MXFP8_RCEIL")]
     mx += [Case(scheme="MXFP4", options=o) for o in (MX_MIXED, KEPT, HEAD)]
     mx += [Case(scheme="MXFP4", model=m) for m in ("opt_narrow", "qwen3_moe", "tinybook")]
@@ -158,7 +158,7 @@ def words(format_: str, schemes: tuple[str, ...]) -> list[Case]:
     plain = [Case(format=format_, options=KEPT | o) for o in ({}, ASYM)] + [
         Case(format=format_, model=m) for m in ("opt", "llama_tied", "tinybook")
     ]
-    own = {"format": format_, "loader": "gptqmodel", "dtype": "float16"}
+    own: dict[str, Any] = {"format": format_, "loader": "gptqmodel", "dtype": "float16"}
     return [
         *(*widths, *groups, *plain),
         Case(format=format_, loader="gptq_torch", options={"group_size": -1}),
@@ -168,19 +168,20 @@ def words(format_: str, schemes: tuple[str, ...]) -> list[Case]:
 
 
 def llm_compressor() -> list[Case]:
-    """transformers decodes these in bfloat16, whatever dtype is asked for, unless told to dequantize."""
-    mx = {"format": "llm_compressor", "scheme": "MXFP4"}
-    models = ("llama", "llama_tied", "opt_narrow", "qwen3_moe", "tinybook")
+    """transformers decodes these in bfloat16 whatever is asked for; told to dequantize, it does so for experts only."""
+    mx: dict[str, Any] = {"format": "llm_compressor", "scheme": "MXFP4"}
+    dense = ("llama", "llama_tied", "opt_narrow", "tinybook")
     return [
         *(Case(format="llm_compressor", scheme=s, dtype="bfloat16") for s in ("MXFP4_RCEIL", "MXFP8", "MXFP8_RCEIL")),
         *(Case(**mx, dtype="bfloat16", options=o) for o in (MX_MIXED, KEPT, HEAD)),
-        *(Case(**mx, dtype="bfloat16", model=m) for m in models),
-        *(Case(**mx, loader="dequantize", model=m) for m in (*models, "mixtral")),
+        *(Case(**mx, dtype="bfloat16", model=m) for m in (*dense, "qwen3_moe")),
+        *(Case(**mx, loader="dequantize", model=m) for m in dense),
+        *(Case(**mx, loader="dequantize", dtype="bfloat16", model=m) for m in ("qwen3_moe", "mixtral")),
         Case(format="llm_compressor", scheme="MXFP8", loader="dequantize"),
     ]
 
 
-OWN = {"loader": "gptqmodel", "dtype": "float16"}
+OWN: dict[str, Any] = {"loader": "gptqmodel", "dtype": "float16"}
 LOADED = (
     *auto_round(),
     *words("auto_gptq", ("W2A16", "W3A16", "W4A16", "W8A16")),
@@ -325,7 +326,6 @@ def reference(case: Case, result: Result) -> Tensor:
     layers = checkpoint.layers
     model: Any = decoded_model(Path(result["ours"]), {name: checkpoint.decode(name) for name in layers})
     checkpoint.close()
-    model.set_experts_implementation("eager")
     for parameter in model.parameters():
         parameter.data = parameter.data.to(getattr(torch, result["dtype"].removeprefix("torch.")))
     modules, grids = dict(model.named_modules()), {}
@@ -337,6 +337,8 @@ def reference(case: Case, result: Result) -> Tensor:
         elif case.format == "auto_round":  # transformers decodes the experts of an llm_compressor file, and no more
             experts = modules[name.rpartition(".experts.")[0] + ".experts"]
             grids |= {weight.data_ptr(): layer.scheme.input for weight in experts.parameters()}
+    if grids:
+        model.set_experts_implementation("eager")  # its experts go through `linear`
     rule = rounded if case.format == "auto_round" else rounded_by_compressed_tensors
     with torch.no_grad(), RoundedInputs(grids, rule):
         logits: Tensor = model(input_ids=torch.tensor([PROMPT]), use_cache=False).logits[0].float()

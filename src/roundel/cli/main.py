@@ -2,7 +2,7 @@
 
 Exit codes: 0 done; 1 any other error; 2 the command or recipe makes no sense; 3 the recipe does not fit the model; 4
 the output cannot be written; 5 the checkpoint is broken or out of reach; 6 weights are not finite; 7 verification
-failed; 8 nothing here can run a layer; 70 a bug of ours; 130 interrupted.
+failed; 70 a bug of ours; 130 interrupted.
 """
 
 from __future__ import annotations

@@ -50,14 +50,14 @@ def quantize(
 
     check_device(device)
     recipe = recipe_from(options)
-    folder = out if out is not None else default_folder(model, recipe.scheme)
+    folder = out if out is not None else default_folder(model, recipe.label)
     work = downloads(folder)
     checkpoint = open_checkpoint(model, revision, work)
     try:
         plan = build_plan(checkpoint, recipe)
         if not is_complete(folder, plan):
             console.print(
-                f"{escape(plan.source_name)}: {len(plan.layers)} layers to {recipe.scheme}, {plan.bits_per_weight:.3f} "
+                f"{escape(plan.source_name)}: {len(plan.layers)} layers to {recipe.label}, {plan.bits_per_weight:.3f} "
                 f"bits per weight, into {escape(str(folder))}"
             )
         count = workers or default_workers(plan, device)

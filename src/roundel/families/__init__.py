@@ -57,7 +57,7 @@ def kept_reason(module: str, config: Mapping[str, object], family: Family) -> st
     multi-token-prediction layer), does the family keep it, do the general rules keep it, is it the output head.
     """
     if family.transposed is not None and re.search(family.transposed, module):
-        return "Conv1D, stored [in, out]: not a linear layer to those who load it"
+        return generic.CONV1D
     if _beyond_last_block(module, config, family):
         return generic.MTP
     return _rule_reason(_INDEX.sub(".0", module), family)

@@ -8,10 +8,23 @@ from __future__ import annotations
 
 from roundel.families.family import Family, FusedExperts, Keep
 
-__all__ = ["CONVOLUTION", "EMBEDDING", "FAMILY", "FUSED_EXPERTS", "HEAD", "KEPT", "MTP", "NORM", "ROUTER", "TOWER"]
+__all__ = [
+    "CONV1D",
+    "CONVOLUTION",
+    "EMBEDDING",
+    "FAMILY",
+    "FUSED_EXPERTS",
+    "HEAD",
+    "KEPT",
+    "MTP",
+    "NORM",
+    "ROUTER",
+    "TOWER",
+]
 
 CONVOLUTION = "convolution"
 EMBEDDING = "embedding"
+CONV1D = "Conv1D, stored [in, out]: not a linear layer to those who load it"
 HEAD = "output head; asked for with --quant-lm-head"
 MTP = "multi-token-prediction layer"
 NORM = "norm"

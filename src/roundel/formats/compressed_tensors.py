@@ -53,7 +53,7 @@ class CompressedTensors(Format):
 
     def unpack(self, layer: Layer, stored: Mapping[str, Tensor]) -> QuantizedTensor:
         scheme = layer.stored.scheme or layer.scheme
-        if scheme.weight.scale == "E8M0":
+        if scheme.weight.scale == "E8M0" and scheme.weight.block == (1, 32):
             return unpack_mx(layer, stored)
         return unpack_nvfp4(layer, stored) if scheme.bits == 4 else unpack_fp8(layer, stored)
 
@@ -69,10 +69,8 @@ class CompressedTensors(Format):
         groups = [_group(scheme, names, bool(others)) for scheme, names in others.items()]
         groups.append(_group(default, ["Linear"], bool(others)))
         rounded = {layer.name for layer in contents.layers}
-        ignore = [
-            *contents.kept,
-            *({contents.head} - rounded - set(contents.kept)),
-        ]  # a tied head has no tensor of its own
+        modules = dict.fromkeys((*contents.kept, contents.head))  # a tied head is a module too, without tensors
+        ignore = [module for module in modules if module not in rounded]
         return {
             "config_groups": {f"group_{i}": g for i, g in enumerate(groups)},
             "format": "mixed-precision" if others else _format_of(default),

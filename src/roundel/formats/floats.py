@@ -40,11 +40,15 @@ def find_fp8(module: str, parts: Mapping[str, TensorSpec], block: tuple[int, int
             f"{module} is FP8 and has no scale. A shard or a tensor is missing; fetch the checkpoint again."
         )
     scale, (out, width) = parts[name], weight.shape
-    if scale.dtype not in ("F32", "BF16", "F16"):
-        return None
+    if scale.dtype not in ("F32", "BF16", "F16", "F8_E8M0"):
+        raise SourceError(f"{module}: {name} is {scale.dtype}, which is no scale of FP8. Fetch the checkpoint again.")
     by_shape = {(): (0, 0), (1,): (0, 0), (1, 1): (0, 0), (out,): (1, 0), (out, 1): (1, 0)}
     found = block if name == "weight_scale_inv" and len(scale.shape) == 2 else by_shape.get(scale.shape, block)
-    grid = Grid(element=ELEMENTS["e4m3"], block=found, scale=scale.dtype)
+    grid = Grid(
+        element=ELEMENTS["e4m3"],
+        block=found,
+        scale=scale.dtype.removeprefix("F8_") if scale.dtype == "F8_E8M0" else scale.dtype,
+    )
     if found == block and grid.blocks((out, width)) != scale.shape:
         raise SourceError(
             f"{module}: {name} {list(scale.shape)} does not fit [{out}, {width}] in blocks of {block[0]}x{block[1]}."

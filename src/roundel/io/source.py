@@ -117,11 +117,13 @@ class Source:
     config    config.json as a dict
     tensors   name -> TensorSpec of every tensor, in shard order
     name      the folder's name or the Hub id: what people call it
+    revision  the Hub commit it is pinned to; None for a folder
     """
 
-    def __init__(self, files: Files, name: str) -> None:
+    def __init__(self, files: Files, name: str, revision: str | None = None) -> None:
         self.files = files
         self.name = name
+        self.revision = revision
         self.config = self.json("config.json")
         self._places: dict[str, tuple[str, Place]] = {}
         self._open_shards()
@@ -307,7 +309,8 @@ def open_source(model: str | Path, revision: str | None = None, work: Path | Non
     from roundel.io.hub import HubSnapshot
 
     home = work if work is not None else Path(tempfile.mkdtemp(prefix="roundel-"))
-    return Source(HubSnapshot(text, revision, home), text)
+    snapshot = HubSnapshot(text, revision, home)
+    return Source(snapshot, text, snapshot.commit)
 
 
 def small_files(source: Source) -> Mapping[str, int]:
