@@ -7,6 +7,7 @@ against it. It needs no torch and holds no float matrix: memory is the packed la
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,26 @@ __all__ = ["Errors", "fuses", "not_finite", "round_and_pack", "slab_rows"]
 
 SLAB_BYTES = 2 << 20  # of stored weights: small enough for the cache that two cores share
 ROW_STEP = 128  # rows of a slab are a multiple of it, so that packed words and cache lines are whole
+
+
+Read = Callable[[int, np.ndarray], None]
+
+
+class _Scratch(threading.local):
+    """Buffers that a thread uses again for every layer: fresh pages cost as much as the rounding."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, np.ndarray] = {}
+
+    def array(self, name: str, shape: tuple[int, int], dtype: type[np.generic]) -> np.ndarray:
+        """An array over the buffer of that name, its content undefined."""
+        nbytes = shape[0] * shape[1] * np.dtype(dtype).itemsize
+        if self._buffers.get(name, np.empty(0, np.uint8)).nbytes < nbytes:
+            self._buffers[name] = np.empty(nbytes, np.uint8)
+        return self._buffers[name][:nbytes].view(dtype).reshape(shape)
+
+
+_scratch = _Scratch()
 
 
 @dataclass(frozen=True)
@@ -62,12 +83,11 @@ def slab_rows(layer: Layer) -> int:
     return max(ROW_STEP, SLAB_BYTES // row_bytes // ROW_STEP * ROW_STEP)
 
 
-def round_and_pack(
-    layer: Layer, format: Format, read: Callable[[int, int], np.ndarray]
-) -> tuple[dict[str, np.ndarray], Errors]:
+def round_and_pack(layer: Layer, format: Format, read: Read) -> tuple[dict[str, np.ndarray], Errors]:
     """A layer's packed parts, and what rounding cost.
 
-    read   (first row, rows) -> their stored bytes, uint8
+    read   fills a uint8 buffer with stored bytes, from a row on
+    The arrays are the calling thread's own and hold until its next call.
     Raises NumericsError naming the layer and the first weight that is not finite.
     """
     layout = format.words(layer)
@@ -84,28 +104,27 @@ def not_finite(layer: Layer, row: int, column: int, value: float) -> NumericsErr
     )
 
 
-def _stored_rows(
-    layer: Layer, read: Callable[[int, int], np.ndarray], start: int, count: int
-) -> tuple[np.ndarray, int]:
+def _stored_rows(layer: Layer, read: Read, start: int, count: int) -> tuple[np.ndarray, int]:
     from roundel.ops.numba.rounding import BF16, F16, F32
 
     kind = {"BF16": BF16, "F16": F16, "F32": F32}[layer.dtype]
-    return read(start, count).view(np.uint32 if kind == F32 else np.uint16).reshape(-1, layer.shape[1]), kind
+    stored = _scratch.array("stored", (count, layer.shape[1]), np.uint32 if kind == F32 else np.uint16)
+    read(start, stored.reshape(-1).view(np.uint8))
+    return stored, kind
 
 
-def _words(
-    layer: Layer, layout: WordLayout, read: Callable[[int, int], np.ndarray]
-) -> tuple[dict[str, np.ndarray], Errors]:
+def _words(layer: Layer, layout: WordLayout, read: Read) -> tuple[dict[str, np.ndarray], Errors]:
     from roundel.ops.numba.packing import pack_awq_columns, pack_columns
     from roundel.ops.numba.rounding import round_integer
 
     grid, bits, (out, width) = layer.scheme.weight, layer.scheme.bits, layer.shape
     group, groups = grid.block_of(layer.shape)[1], grid.blocks(layer.shape)[1]
     rows = slab_rows(layer)
-    codes = np.empty((min(rows, out), width), np.uint8)
-    scales, zeros = np.empty((out, groups), np.uint16), np.empty((out, groups), np.uint8)
+    codes = _scratch.array("codes", (min(rows, out), width), np.uint8)
+    scales = _scratch.array("scales", (out, groups), np.uint16)
+    zeros = _scratch.array("zeros", (out, groups), np.uint8)
     is_awq = layout.order == "awq"
-    words = np.empty((width, out // 8) if is_awq else (width * bits // 32, out), np.uint32)
+    words = _scratch.array("words", (width, out // 8) if is_awq else (width * bits // 32, out), np.uint32)
     sums = np.zeros(2)
     for start in range(0, out, rows):
         stored, kind = _stored_rows(layer, read, start, min(rows, out - start))
@@ -143,15 +162,15 @@ def _zero_words(zeros: np.ndarray, bits: int, layout: WordLayout, same: int | No
     return np.ascontiguousarray(np.broadcast_to(words, (groups, words.shape[1])))
 
 
-def _mx(layer: Layer, read: Callable[[int, int], np.ndarray]) -> tuple[dict[str, np.ndarray], Errors]:
+def _mx(layer: Layer, read: Read) -> tuple[dict[str, np.ndarray], Errors]:
     from roundel.ops.numba.packing import pack_nibbles
     from roundel.ops.numba.rounding import mx_parameters, round_mx
 
     element, (out, width) = layer.scheme.weight.element, layer.shape
     four, rows = element.name == "e2m1", slab_rows(layer)
-    weight = np.empty((out, width // 2 if four else width), np.uint8)
-    exponents, sums = np.empty((out, width // 32), np.uint8), np.zeros(2)
-    codes = np.empty((min(rows, out), width), np.uint8)
+    weight = _scratch.array("words", (out, width // 2 if four else width), np.uint8)
+    exponents, sums = _scratch.array("scales", (out, width // 32), np.uint8), np.zeros(2)
+    codes = _scratch.array("codes", (min(rows, out), width), np.uint8)
     for start in range(0, out, rows):
         stored, kind = _stored_rows(layer, read, start, min(rows, out - start))
         here = slice(start, start + len(stored))

@@ -240,7 +240,7 @@ class _Loop:
         algorithm = algorithm_named(self.plan.recipe.algorithm)
         if fuses(layer, formats, algorithm, self.device):
             piece, source = layer.stored.parts["weight"], self.checkpoint.source
-            parts, errors = round_and_pack(layer, formats[0], lambda start, count: source.read(piece, start, count))
+            parts, errors = round_and_pack(layer, formats[0], lambda start, into: source.read_rows(piece, start, into))
             self._put(
                 {f"{layer.name}.{part}": array.data.cast("B") if array.size else b"" for part, array in parts.items()},
                 nbytes,

@@ -110,7 +110,9 @@ def test_fusion_is_the_composition(
         weight = (torch.randn(shape, generator=torch.Generator().manual_seed(2)) * 0.02).to(torch_dtype(dtype))
         raw = weight.view(torch.uint8).numpy()
         parts, errors = round_and_pack(
-            layer, format, lambda start, count, raw=raw: np.ascontiguousarray(raw[start : start + count]).reshape(-1)
+            layer,
+            format,
+            lambda start, into, raw=raw: np.copyto(into, raw.reshape(-1)[start * raw.shape[1] :][: len(into)]),
         )
         quantized = Rtn().quantize(Unit(layers=(layer,), weights={layer.name: weight}))[layer.name]
         for name, tensor in format.pack(layer, quantized).items():

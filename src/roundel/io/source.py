@@ -159,24 +159,31 @@ class Source:
             digest.update(f"{name} {place.spec.dtype} {place.spec.shape} {shard} {place.begin}\n".encode())
         return digest.hexdigest()
 
-    def read(self, piece: Piece, start: int = 0, count: int | None = None) -> np.ndarray:
-        """The bytes of a part of a tensor, uint8, in row order (before any transposition and row step).
+    def read(self, piece: Piece) -> np.ndarray:
+        """The bytes of a part of a tensor, uint8, in row order (before any transposition and row step)."""
+        shard, begin, size, _ = self._range(piece)
+        buffer = np.empty(size, dtype=np.uint8)
+        self._fill(shard, begin, buffer)
+        return buffer
 
-        start, count   rows of the piece's own rows to read, where it is not transposed: a slab of a large matrix
-        """
+    def read_rows(self, piece: Piece, start: int, into: np.ndarray) -> None:
+        """Fill a uint8 buffer with a slab of a piece that is not transposed: whole rows, from its row `start` on."""
+        shard, begin, _, row_bytes = self._range(piece)
+        self._fill(shard, begin + start * row_bytes, into)
+
+    def _range(self, piece: Piece) -> tuple[str, int, int, int]:
+        """(shard, first byte, bytes, bytes of a row) of what must be read for a piece."""
         shard, place = self._places[piece.tensor]
         shape = place.spec.shape
         begin, size = place.begin, place.spec.nbytes
         for at in piece.index:
             size //= shape[0]
             begin, shape = begin + at * size, shape[1:]
-        if not piece.transposed and shape and (piece.step == 1):
-            row_bytes = size // shape[0] if shape[0] else 0
+        row_bytes = size // shape[0] if shape and shape[0] else 0
+        if not piece.transposed and shape and piece.step == 1:
             rows = range(*slice(piece.start, piece.stop).indices(shape[0]))
-            stop = len(rows) if count is None else min(len(rows), start + count)
-            begin += (rows.start + start) * row_bytes
-            size = (stop - start) * row_bytes
-        return self._pread(shard, begin, size)
+            begin, size = begin + rows.start * row_bytes, len(rows) * row_bytes
+        return shard, begin, size, row_bytes
 
     def place(self, name: str) -> tuple[int, int]:
         """(open file descriptor, first byte) of a whole tensor, for copying it file to file."""
@@ -209,15 +216,13 @@ class Source:
                 self._descriptors[shard] = os.open(path, os.O_RDONLY)
             return self._descriptors[shard]
 
-    def _pread(self, shard: str, begin: int, size: int) -> np.ndarray:
-        buffer = np.empty(size, dtype=np.uint8)
+    def _fill(self, shard: str, begin: int, buffer: np.ndarray) -> None:
         descriptor, view, done = self._descriptor(shard), memoryview(buffer.data), 0
-        while done < size:
+        while done < len(view):
             read = os.preadv(descriptor, [view[done:]], begin + done)
             if read == 0:
                 raise SourceError(f"{shard} ended early: it changed while it was read. Fetch or copy it again.")
             done += read
-        return buffer
 
     def _open_shards(self) -> None:
         weight_map = self._weight_map()
