@@ -239,7 +239,10 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe, demoted: Mapping[str, str
         untied=untied,
         source_bytes=sum(s.nbytes for s in checkpoint.source.tensors.values()),
         demoted=dict(demoted),
-        notes=_notes(checkpoint, layers, matrices, demoted, untied),
+        notes=(
+            *_notes(checkpoint, layers, matrices, demoted, untied),
+            *(caveat for format in settled for caveat in format.caveats(contents)),
+        ),
     )
 
 

@@ -71,6 +71,17 @@ class AutoAwq(Format):
             "zero_point": not default.weight.symmetric,
         }
 
+    def caveats(self, contents: Contents) -> tuple[str, ...]:
+        inside = tuple(block + "." for block in contents.blocks)
+        found = []
+        if any(layer.role == "head" for layer in contents.layers):
+            found.append("transformers always keeps the output head of AWQ files; GPTQModel reads it quantized")
+        if any(layer.role == "expert" for layer in contents.layers):
+            found.append("transformers leaves the experts of AWQ files uninitialised; GPTQModel loads them")
+        if any(module.startswith(inside) and not module.endswith(("gate", "router")) for module in contents.kept):
+            found.append("GPTQModel's own loader does not see which layers an AWQ file keeps; transformers does")
+        return tuple(f"auto_awq: {text}" for text in found)
+
     def recognize(self, quantization: Mapping[str, object]) -> Format | None:
         if quantization.get("quant_method") != "awq":
             return None

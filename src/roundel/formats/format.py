@@ -102,6 +102,10 @@ class Format(Protocol):
         """The `quantization_config` a loader must find in config.json."""
         raise GridError(f"{self.name} is only read")
 
+    def caveats(self, contents: Contents) -> tuple[str, ...]:
+        """What a reader of this format is known not to load, or to load wrong without a word. Notes of the plan."""
+        return ()
+
     def recognize(self, quantization: Mapping[str, object]) -> Format | None:
         """A reader for a checkpoint with this `quantization_config`, or None when it is another format's."""
         ...

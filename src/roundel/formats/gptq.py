@@ -92,6 +92,18 @@ class AutoGptq(Format):
             found["modules_in_block_to_quantize"] = inside
         return found
 
+    def caveats(self, contents: Contents) -> tuple[str, ...]:
+        default, found = contents.default, []
+        if any(layer.role == "head" for layer in contents.layers):
+            found.append("transformers does not read a quantized output head in GPTQ files; GPTQModel does")
+        if any(layer.role == "expert" for layer in contents.layers):
+            found.append("transformers leaves the experts of GPTQ files uninitialised; GPTQModel loads them")
+        if any(layer.scheme != default for layer in contents.layers):
+            found.append("transformers reads one scheme from a GPTQ file; GPTQModel reads several")
+        if not default.weight.symmetric:
+            found.append("GPTQModel's own loader refuses asymmetric files of others; transformers reads them")
+        return tuple(f"auto_gptq: {text}" for text in found)
+
     def recognize(self, quantization: Mapping[str, object]) -> Format | None:
         if quantization.get("quant_method") not in ("gptq", "gptqmodel"):
             return None

@@ -80,12 +80,12 @@ def _half_bits(value, bits, floats):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
-def _squared(values, codes, n, zero, scale, sums):  # type: ignore[no-untyped-def]
-    """Add the block's sum of squares, and of squared rounding errors, to `sums`."""
+def _squared(values, shifted, n, scale, sums):  # type: ignore[no-untyped-def]
+    """Add the block's sum of squares, and of squared rounding errors, to `sums`. shifted: MAGIC + code - zero."""
     signal = np.float32(0.0)
     noise = np.float32(0.0)
     for i in range(n):
-        error = values[i] - (np.float32(codes[i]) - zero) * scale
+        error = values[i] - (shifted[i] - MAGIC) * scale
         signal += values[i] * values[i]
         noise += error * error
     sums[0] += np.float64(signal)
@@ -153,12 +153,14 @@ def round_integer(stored, kind, bits, group, symmetric, lowest_zero, codes, scal
                 return row * width + begin
             for i in range(n):
                 rounded[i] = as_float[i] / scale + MAGIC
-            shift = zero - np.int32(MAGIC_BITS)
+            lowest = np.int32(MAGIC_BITS) - zero
             for i in range(n):
-                codes[row, begin + i] = np.uint8(min(max(rounded_bits[i] + shift, np.int32(0)), np.int32(largest)))
+                rounded_bits[i] = min(max(rounded_bits[i], lowest), lowest + np.int32(largest))
+            for i in range(n):
+                codes[row, begin + i] = np.uint8(rounded_bits[i] - lowest)
             scales[row, block] = _half_bits(scale, one_bits, one_float)
             zeros[row, block] = np.uint8(zero)
-            _squared(as_float, codes[row, begin:end], n, np.float32(zero), scale, sums)
+            _squared(as_float, rounded, n, scale, sums)
     return np.int64(-1)
 
 
