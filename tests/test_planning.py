@@ -159,7 +159,11 @@ def test_what_a_reader_does_not_load_is_said_beforehand(tmp_path: Path) -> None:
     folder = build("qwen3_moe", tmp_path)
     plan = plan_of(folder, scheme="W4A16G32", sym=False, quant_lm_head=True, formats=("auto_gptq", "auto_awq"))
     text = " ".join(plan.notes)
-    for words in ("auto_gptq: transformers does not read a quantized output head", "experts of AWQ files", "asymmetric"):
+    for words in (
+        "auto_gptq: transformers does not read a quantized output head",
+        "experts of AWQ files",
+        "asymmetric",
+    ):
         assert words in text
     assert not plan_of(folder, scheme="W4A16G32").notes
 
