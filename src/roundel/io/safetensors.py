@@ -23,7 +23,6 @@ __all__ = ["HEADER_LIMIT", "Place", "Shard", "ShardLayout", "lay_out", "parse_he
 
 HEADER_LIMIT = 100_000_000  # bytes; the reference reader's own limit
 _AXES_LIMIT = 64  # what torch and numpy can hold
-_EARLY = 1 << 20  # bytes from which a put is worth telling the disk about
 _KNOWN_NAMES = "BF16, F16, F32, F64, F8_E4M3, F8_E5M2, F8_E8M0, BOOL and the integers of 8 to 64 bits"
 
 
@@ -211,8 +210,6 @@ class Shard:
         place = self.layout.places[name]
         assert place.begin + offset + len(data) <= place.end, f"{name}: bytes leave its place"
         self._write(data, place.begin + offset)
-        if len(data) >= _EARLY:
-            self._start_writing(place.begin + offset, len(data))
 
     def copy(self, name: str, source: int, begin: int) -> None:
         """Fill one tensor with the same number of bytes of another open file, without passing through our memory."""
