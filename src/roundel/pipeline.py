@@ -24,7 +24,7 @@ from roundel.fusion import Errors, fuses, not_finite, round_and_pack
 from roundel.io.journal import Journal
 from roundel.io.safetensors import Shard
 from roundel.output import clear, finish, is_intact, open_shards
-from roundel.planning import Plan, Work
+from roundel.planning import Copy, Plan, Work
 from roundel.report import Report, Row
 from roundel.unit import Layer, Unit
 
@@ -189,7 +189,8 @@ class _Loop:
             except KeyboardInterrupt:
                 self.stop.set()
                 raise
-            self.stop.set() if any(f.exception() for f in done) else None
+            if any(future.exception() for future in done):
+                self.stop.set()
         for future in running:
             future.result()
 
@@ -229,7 +230,7 @@ class _Loop:
     def _perform(self, work: Work) -> Row:
         nbytes = [0] * len(self.shards)
         for copy in work.copies:
-            self._copy(copy.spec.name, copy.piece.is_whole, work, nbytes)
+            self._copy(copy, nbytes)
         if work.layer is None:
             return Row(name=work.name, kind=work.kind, nbytes=tuple(nbytes))
         layer, formats = work.layer, [o.format for o in self.plan.outputs]
@@ -280,9 +281,9 @@ class _Loop:
             raise not_finite(layer, row, column, float(weight[row, column]))
         return weight, quantized
 
-    def _copy(self, name: str, whole: bool, work: Work, nbytes: list[int]) -> None:
-        copy = next(c for c in work.copies if c.spec.name == name)
-        if not whole:
+    def _copy(self, copy: Copy, nbytes: list[int]) -> None:
+        name = copy.spec.name
+        if not copy.piece.is_whole:
             self._put({name: _as_bytes(self.checkpoint.read_piece(copy.piece))}, nbytes)
             return
         descriptor, begin = self.checkpoint.source.place(copy.piece.tensor)
