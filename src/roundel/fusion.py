@@ -10,6 +10,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -140,7 +141,7 @@ def _words(layer: Layer, layout: WordLayout, read: Read) -> tuple[dict[str, np.n
             pack_columns(codes[: len(stored)].view(np.uint64), bits, words, start)
     parts = {
         "qweight": words.view(np.int32),
-        "qzeros": _zero_words(zeros, bits, layout, 1 << (bits - 1) if grid.symmetric else None),
+        "qzeros": _same_zero_words(out, groups, bits, layout) if grid.symmetric else _zero_words(zeros, bits, layout),
         "scales": np.ascontiguousarray(scales.T).view(np.float16),
     }
     if layout.group_index:
@@ -148,18 +149,26 @@ def _words(layer: Layer, layout: WordLayout, read: Read) -> tuple[dict[str, np.n
     return parts, Errors(float(sums[0]), float(sums[1]))
 
 
-def _zero_words(zeros: np.ndarray, bits: int, layout: WordLayout, same: int | None) -> np.ndarray:
-    """[out, groups] zero points -> [groups, words] int32. same: the one value they all have, where they do."""
-    out, groups = zeros.shape
-    stored = zeros.T[:1] if same is not None else zeros.T
-    stored = (stored.astype(np.int16) - layout.zero_offset & (1 << bits) - 1).astype(np.uint8)
+@lru_cache(maxsize=16)
+def _same_zero_words(out: int, groups: int, bits: int, layout: WordLayout) -> np.ndarray:
+    """`_zero_words` of a symmetric grid, whose zero points are all 2^(bits-1)."""
+    words = _zero_words(np.full((out, 1), 1 << (bits - 1), np.uint8), bits, layout)
+    words = np.ascontiguousarray(np.broadcast_to(words, (groups, words.shape[1])))
+    words.flags.writeable = False
+    return words
+
+
+def _zero_words(zeros: np.ndarray, bits: int, layout: WordLayout) -> np.ndarray:
+    """[out, groups] zero points -> [groups, words] int32."""
+    out = len(zeros)
+    stored = (zeros.T.astype(np.int16) - layout.zero_offset & (1 << bits) - 1).astype(np.uint8)
     if layout.order == "awq":
         stored = stored.reshape(len(stored), -1, 8)[:, :, list(AWQ_ORDER)].reshape(len(stored), -1)
     per_word = 32 // math.gcd(bits, 32)
     stored = np.pad(stored, ((0, 0), (0, -out % per_word)))
     stream = np.unpackbits(stored[:, :, None], axis=-1, count=bits, bitorder="little").reshape(len(stored), -1)
     words = np.packbits(stream, axis=-1, bitorder="little").view(np.int32)[:, : -(-out * bits // 32)]
-    return np.ascontiguousarray(np.broadcast_to(words, (groups, words.shape[1])))
+    return np.ascontiguousarray(words)
 
 
 def _mx(layer: Layer, read: Read) -> tuple[dict[str, np.ndarray], Errors]:

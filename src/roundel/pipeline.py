@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Demoted", "Progress", "default_workers", "run"]
 
-FLUSH_BYTES = 64 << 20  # flushed and journaled at least this often, or after FLUSH_SECONDS
+FLUSH_BYTES = 32 << 20  # flushed and journaled at least this often, or after FLUSH_SECONDS
 FLUSH_SECONDS = 1.0
 ERROR_WEIGHTS = 1 << 20  # compared at a time
 

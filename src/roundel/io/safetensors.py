@@ -12,6 +12,7 @@ import json
 import os
 import reprlib
 import struct
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,6 +192,7 @@ class Shard:
         self.layout = layout
         self.path = folder / layout.name
         self.partial = folder / (layout.name + ".partial")
+        self._turn = threading.Lock()  # the kernel lets one write a file at a time, and has the others spin
         try:
             self._file = os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o644)
             if os.fstat(self._file).st_size != layout.nbytes:
@@ -241,7 +243,8 @@ class Shard:
         view = memoryview(data).cast("B") if len(data) else memoryview(b"")
         while len(view):
             try:
-                written = os.pwrite(self._file, view, offset)
+                with self._turn:
+                    written = os.pwrite(self._file, view, offset)
             except OSError as error:
                 raise self._failed(error) from error
             view, offset = view[written:], offset + written
@@ -252,9 +255,11 @@ class Shard:
             os.posix_fadvise(self._file, offset, count, os.POSIX_FADV_DONTNEED)
 
     def flush(self) -> None:
-        """Make what was put so far survive a power cut."""
+        """Make what was put so far survive a power cut, and give its memory back: nobody reads it here again."""
         try:
             getattr(os, "fdatasync", os.fsync)(self._file)
+            if hasattr(os, "posix_fadvise"):  # else every write needs fresh pages, and pushes other files from memory
+                os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
         except OSError as error:  # some file systems find out here that the disk is full
             raise self._failed(error) from error
 

@@ -12,6 +12,7 @@ __all__ = ["pack_awq_columns", "pack_columns", "pack_nibbles"]
 
 _jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 _TILE = 16  # rows whose words fill one cache line of the transposed output
+_OCTETS = 64  # of a row, packed at a time
 
 
 @_jit
@@ -31,16 +32,26 @@ def _squeeze(octet, bits):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _pack_row(octets, bits, tile, column):  # type: ignore[no-untyped-def]
-    """One row of codes -> its words, down one column of a tile."""
+def _pack_row(octets, bits, packed):  # type: ignore[no-untyped-def]
+    """Part of a row of codes -> its words."""
     count = octets.shape[0]
     if bits == 4:
         for k in range(count):
-            tile[k, column] = np.uint32(_squeeze(octets[k], 4))
+            packed[k] = np.uint32(_squeeze(octets[k], 4))
     elif bits == 8:
         for k in range(count):
-            tile[2 * k, column] = np.uint32(octets[k])
-            tile[2 * k + 1, column] = np.uint32(octets[k] >> np.uint64(32))
+            packed[2 * k] = np.uint32(octets[k])
+            packed[2 * k + 1] = np.uint32(octets[k] >> np.uint64(32))
+    elif bits == 2:
+        for k in range(count // 2):
+            packed[k] = np.uint32(_squeeze(octets[2 * k], 2) | _squeeze(octets[2 * k + 1], 2) << np.uint64(16))
+    elif bits == 3:
+        for k in range(count // 4):
+            a, b = _squeeze(octets[4 * k], 3), _squeeze(octets[4 * k + 1], 3)
+            c, d = _squeeze(octets[4 * k + 2], 3), _squeeze(octets[4 * k + 3], 3)
+            packed[3 * k] = np.uint32((a | b << np.uint64(24)) & np.uint64(0xFFFFFFFF))
+            packed[3 * k + 1] = np.uint32((b >> np.uint64(8) | c << np.uint64(16)) & np.uint64(0xFFFFFFFF))
+            packed[3 * k + 2] = np.uint32(c >> np.uint64(16) | d << np.uint64(8))
     else:
         for k in range(0, count, 4):
             held = np.uint64(0)  # bits not yet written, lowest first
@@ -52,7 +63,7 @@ def _pack_row(octets, bits, tile, column):  # type: ignore[no-untyped-def]
                 taken = min(64 - filled, 8 * bits)
                 filled += taken
                 while filled >= 32:
-                    tile[at, column] = np.uint32(held & np.uint64(0xFFFFFFFF))
+                    packed[at] = np.uint32(held & np.uint64(0xFFFFFFFF))
                     at += 1
                     held >>= np.uint64(32)
                     filled -= 32
@@ -62,25 +73,39 @@ def _pack_row(octets, bits, tile, column):  # type: ignore[no-untyped-def]
 
 
 @_jit
+def _transpose(tile, words, top, left, height, width):  # type: ignore[no-untyped-def]
+    """words[top + k, left + row] = tile[row, k]. Whole blocks have constant bounds, which the compiler unrolls."""
+    whole = height // _TILE * _TILE if width == _TILE else 0
+    for k in range(0, whole, _TILE):
+        block = tile[:, k : k + _TILE]
+        for i in range(_TILE):
+            line = words[top + k + i, left : left + _TILE]
+            for row in range(_TILE):
+                line[row] = block[row, i]
+    for k in range(whole, height):
+        for row in range(width):
+            words[top + k, left + row] = tile[row, k]
+
+
+@_jit
 def pack_columns(octets, bits, words, first):  # type: ignore[no-untyped-def]
     """Rows of codes -> columns of words: words[k, first + row] holds the row's k-th word (GPTQ's order).
 
     octets   [rows, in / 8] uint64: eight unsigned codes a byte each; in divisible by 32
     words    [in * bits / 32, all rows] uint32, filled at columns first .. first + rows
 
-    A tile of rows is packed into a small buffer first: rows of `words` lie a power of two apart too often for the
-    cache.
+    Sixteen rows by 64 octets are packed into a tile first and turned from there: rows of `octets` and of `words` lie a
+    power of two apart too often for the cache.
     """
     rows, count = octets.shape
-    height = count * bits // 4
-    tile = np.empty((height, _TILE), dtype=np.uint32)
+    tile = np.empty((_TILE, _OCTETS * bits // 4 + _TILE), dtype=np.uint32)
     for begin in range(0, rows, _TILE):
         stop = min(begin + _TILE, rows)
-        for row in range(begin, stop):
-            _pack_row(octets[row], bits, tile, row - begin)
-        for k in range(height):
-            for column in range(stop - begin):
-                words[k, first + begin + column] = tile[k, column]
+        for left in range(0, count, _OCTETS):
+            right = min(left + _OCTETS, count)
+            for row in range(begin, stop):
+                _pack_row(octets[row, left:right], bits, tile[row - begin])
+            _transpose(tile, words, left * bits // 4, first + begin, (right - left) * bits // 4, stop - begin)
 
 
 @_jit
