@@ -272,9 +272,11 @@ class _Loop:
             if quantized.zero is None or int(quantized.zero.min()) >= grid.lowest_zero:
                 return _finite(layer, quantized.decode()), quantized  # on the asked grid already: nothing to round
         weight = _finite(layer, _to_device(self.checkpoint.weights(layer), self.device))
-        quantized = algorithm_named(self.plan.recipe.algorithm).quantize(
-            Unit(layers=(layer,), weights={layer.name: weight})
-        )[layer.name]
+        quantized = (
+            algorithm_named(self.plan.recipe.algorithm)
+            .quantize(Unit(name=layer.name, layers=(layer,), weights={layer.tensor: weight}))[layer.name]
+            .tensor
+        )
         scale = quantized.scale
         if not isinstance(scale, torch.Tensor) or not bool(torch.isfinite(scale.float()).all()):
             row, column = divmod(int(weight.abs().argmax()), layer.shape[1])

@@ -1,11 +1,15 @@
-"""What is in memory together: Piece (a part of a stored tensor), Layer (one linear weight), Unit (a group of them)."""
+"""What is in memory together.
+
+Piece is a part of a stored tensor, Layer one linear weight, Unit a group of them; Space is a channel basis inside a
+unit, and Activations what enters it.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from roundel.scheme import Scheme
 from roundel.tensor import TensorSpec
@@ -13,7 +17,7 @@ from roundel.tensor import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Layer", "Piece", "Stored", "Unit"]
+__all__ = ["Activations", "Call", "Layer", "Piece", "Space", "Stored", "Stream", "Unit", "Writer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,13 +90,140 @@ class Layer:
     def parameters(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def tensor(self) -> str:
+        """The name of its weight as a tensor."""
+        return self.name + ".weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writer:
+    """A tensor that writes a space's channels, one along its first axis: a norm's weight, a layer's rows, a bias.
+
+    offset   what the module adds to the stored numbers before it uses them: 1.0 for norms that scale by 1 + weight
+    """
+
+    tensor: str
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """A channel basis inside a unit. Dividing what every writer writes by s, and multiplying the columns of every
+    reader by s, changes nothing but rounding (a diagonal map, s > 0 per channel).
+
+    name      as reports call it: the writer's module ("model.layers.0.input_layernorm")
+    size      channels
+    writers   all tensors that write the channels (a linear layer's weight and its bias are two)
+    readers   module names of all matrices [out, in] that read them: rounded layers, and routers that stay
+    parent    the module whose output shows what rounding the readers costs ("model.layers.0.self_attn"); it holds all
+              readers, or is the only one
+    head, repeat   for values under grouped-query attention: channels stand in heads of `head`, and a reader's inputs
+              repeat every head `repeat` times; 0 and 1 where a reader's columns are the channels themselves
+    """
+
+    name: str
+    size: int
+    writers: tuple[Writer, ...]
+    readers: tuple[str, ...]
+    parent: str
+    head: int = 0
+    repeat: int = 1
+
+    def columns(self, scale: Tensor) -> Tensor:
+        """A scale per channel [size] -> a scale per input column of a reader [size * repeat]."""
+        if self.repeat == 1:
+            return scale
+        return scale.view(-1, 1, self.head).expand(-1, self.repeat, -1).reshape(-1)
+
+
+Stream = Literal["quantized", "float", "target"]
+
+
+class Activations(Protocol):
+    """What enters a unit, and the unit as a function of its weights.
+
+    Three streams of hidden states [samples, tokens, hidden]: "quantized" is what earlier units, rounded, hand on;
+    "float" is what they would hand on unrounded; "target" is this unit's unrounded output on "float". Where a plan
+    keeps one stream, "quantized" and "float" are the same. Weights are given by tensor name, as `Unit.weights` has
+    them; names that are left out are taken from the unit's own.
+    """
+
+    @property
+    def samples(self) -> int:
+        """How many samples there are."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one sample."""
+
+    @property
+    def batch(self) -> int:
+        """Samples to run together."""
+
+    def inputs(self, samples: Sequence[int], stream: Stream = "quantized") -> Tensor:
+        """[len(samples), tokens, hidden], on the unit's device, in the dtype it computes in."""
+
+    def forward(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """The unit's output on x [any number of samples, tokens, hidden]. Differentiable in x and in weights."""
+
+    def observe(
+        self,
+        see: Callable[[str, Tensor], None],
+        weights: Mapping[str, Tensor],
+        *,
+        modules: Collection[str] | None = None,
+        stream: Stream = "quantized",
+        every_expert: bool = False,
+    ) -> None:
+        """Run every input once, without gradients; call see(module name, x [tokens, in]) for what enters each linear.
+
+        modules        only these; None: the unit's layers. Routers and other matrices that stay may be asked for
+        every_expert   send all tokens to all experts for `see`; outputs do not change
+        """
+
+    def calls(self, module: str, samples: Sequence[int], stream: Stream = "float") -> Call:
+        """What enters a module of the unit on these samples: its arguments, to be run again by `call`."""
+
+    def call(self, call: Call, weights: Mapping[str, Tensor]) -> Tensor:
+        """The module's output (the first one, where there are several) with other weights."""
+
+    def tick(self, done: float, text: str) -> None:
+        """Tell whoever watches how far the unit is (0 to 1) and what the loss is. Raises Interrupted to stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call of a module inside a unit, caught: positional and named arguments as they were."""
+
+    module: str
+    arguments: tuple[object, ...]
+    named: Mapping[str, object]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """The smallest group of weights that must be in memory together.
+    """The smallest group of weights that must be in memory together: a layer, or a decoder block.
 
-    weights   float matrices [out, in] by layer name, one for each of `layers`
+    name         "model.layers.3", or the layer's name
+    layers       the matrices to be rounded
+    weights      float tensors by tensor name ("model.layers.3.mlp.up_proj.weight"): every layer's [out, in] matrix,
+                 and in a decoder block also what stays (norms, biases, routers)
+    spaces       where a transform may act, proven on this unit
+    activations  None unless an algorithm or a transform of the plan reads them
     """
 
+    name: str
     layers: tuple[Layer, ...]
     weights: Mapping[str, Tensor]
+    spaces: tuple[Space, ...] = ()
+    activations: Activations | None = None
+
+    def weight(self, layer: Layer) -> Tensor:
+        """A layer's matrix [out, in]."""
+        return self.weights[layer.tensor]
+
+    def entering(self) -> Activations:
+        """The activations of a unit that must have them."""
+        assert self.activations is not None, f"{self.name} has no activations"
+        return self.activations

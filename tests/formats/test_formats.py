@@ -51,7 +51,9 @@ def test_pack_and_back(format_name: str, scheme_name: str) -> None:
             continue
         format, layer = found
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.02
-        quantized = Rtn().quantize(Unit(layers=(layer,), weights={layer.name: weight}))[layer.name]
+        quantized = (
+            Rtn().quantize(Unit(name=layer.name, layers=(layer,), weights={layer.tensor: weight}))[layer.name].tensor
+        )
         parts = format.pack(layer, quantized)
         outputs = {s.name: s for s in format.outputs(layer)}
         assert list(outputs) == list(parts)
@@ -114,7 +116,9 @@ def test_fusion_is_the_composition(
             format,
             lambda start, into, raw=raw: np.copyto(into, raw.reshape(-1)[start * raw.shape[1] :][: len(into)]),
         )
-        quantized = Rtn().quantize(Unit(layers=(layer,), weights={layer.name: weight}))[layer.name]
+        quantized = (
+            Rtn().quantize(Unit(name=layer.name, layers=(layer,), weights={layer.tensor: weight}))[layer.name].tensor
+        )
         for name, tensor in format.pack(layer, quantized).items():
             assert parts[name].tobytes() == tensor.contiguous().view(torch.uint8).numpy().tobytes(), name
         noise = (weight.float() - quantized.decode()).double().square().sum().item()
@@ -124,7 +128,9 @@ def test_fusion_is_the_composition(
 def test_gptq_never_stores_a_zero_it_cannot_hold() -> None:
     format, layer = settled(WRITTEN["auto_gptq"], SCHEMES["W4A16_ASYM"], (8, 128))  # type: ignore[misc]
     weight = torch.rand(8, 128)
-    quantized = Rtn().quantize(Unit(layers=(layer,), weights={layer.name: weight}))[layer.name]
+    quantized = (
+        Rtn().quantize(Unit(name=layer.name, layers=(layer,), weights={layer.tensor: weight}))[layer.name].tensor
+    )
     parts = format.pack(layer, quantized)
     assert (parts["qzeros"] == 0).all()  # zero point 1, stored minus one: no field wraps
     assert torch.equal(format.unpack(layer, parts).decode(), quantized.decode())
@@ -185,7 +191,11 @@ def test_missing_companions_are_named() -> None:
 
 def test_activation_ordered_groups_are_refused() -> None:
     format, layer = settled(WRITTEN["auto_gptq"], SCHEMES["W4A16G32"], (8, 128))  # type: ignore[misc]
-    quantized = Rtn().quantize(Unit(layers=(layer,), weights={layer.name: torch.randn(8, 128)}))[layer.name]
+    quantized = (
+        Rtn()
+        .quantize(Unit(name=layer.name, layers=(layer,), weights={layer.tensor: torch.randn(8, 128)}))[layer.name]
+        .tensor
+    )
     parts = format.pack(layer, quantized)
     parts["g_idx"] = parts["g_idx"].flip(0)
     with pytest.raises(SourceError, match="desc_act"):
@@ -197,6 +207,8 @@ def test_mx_writes_the_reference_bytes() -> None:
     weight = torch.zeros(1, 32)
     weight[0, :5] = torch.tensor([0.5, 1.0, -6.0, 0.3, -0.1])
     layer = layer_of(PRESETS["MXFP4"], (1, 32))
-    parts = FORMATS["llm_compressor"].pack(layer, Rtn().quantize(Unit(layers=(layer,), weights={"a.b": weight}))["a.b"])
+    parts = FORMATS["llm_compressor"].pack(
+        layer, Rtn().quantize(Unit(name="a.b", layers=(layer,), weights={"a.b.weight": weight}))["a.b"].tensor
+    )
     assert parts["weight_scale"].tolist() == [[127]]
     assert parts["weight_packed"][0, :3].tolist() == [0x21, 0x1F, 0x08]

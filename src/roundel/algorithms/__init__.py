@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from roundel.algorithms.algorithm import Algorithm
+from roundel.algorithms.algorithm import Algorithm, Rounded
 from roundel.algorithms.rtn import Rtn
 from roundel.errors import RecipeError, nearest
 
-__all__ = ["ALGORITHMS", "Algorithm", "Rtn", "algorithm_named"]
+__all__ = ["ALGORITHMS", "Algorithm", "Rounded", "Rtn", "algorithm_named"]
 
 ALGORITHMS: dict[str, Algorithm] = {a.name: a for a in (Rtn(),)}
 

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from roundel.tensor import QuantizedTensor
 from roundel.unit import Layer, Unit
 
-__all__ = ["Algorithm"]
+__all__ = ["Algorithm", "Rounded"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounded:
+    """A layer's codes, and what choosing them came to.
+
+    error      the algorithm's own objective with these codes: lower is better; None where it has none
+    baseline   the same objective with plain rounding
+    tokens     tokens that entered the layer; None where no data was looked at
+    fallback   why plain rounding, or another way than the algorithm's, was taken; None where it was not
+    """
+
+    tensor: QuantizedTensor
+    error: float | None = None
+    baseline: float | None = None
+    tokens: int | None = None
+    fallback: str | None = None
 
 
 class Algorithm(Protocol):
-    """A frozen dataclass: its fields are the hyperparameters and their defaults."""
+    """A frozen dataclass: its fields are the hyperparameters and their defaults.
+
+    Fields are int, float, bool, str or None unions of these, so that they can stand in a recipe and on a command line;
+    `__post_init__` raises RecipeError for a value that makes no sense.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
@@ -19,10 +41,14 @@ class Algorithm(Protocol):
 
     @property
     def reads_activations(self) -> bool:
-        """False for all algorithms of a plan: no model is ever built."""
+        """False for all algorithms and transforms of a plan: no model is ever built."""
+
+    @property
+    def reads_float_stream(self) -> bool:
+        """Whether it asks for the streams "float" and "target" beside "quantized"."""
 
     def refuse(self, layer: Layer) -> str | None:
         """Why this layer is out of reach, or None. Asked at plan time."""
 
-    def quantize(self, unit: Unit) -> dict[str, QuantizedTensor]:
+    def quantize(self, unit: Unit) -> dict[str, Rounded]:
         """One result for each of unit.layers, by layer name. Returns values; changes nothing."""

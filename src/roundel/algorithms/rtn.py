@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from roundel.tensor import QuantizedTensor
+from roundel.algorithms.algorithm import Rounded
 from roundel.unit import Layer, Unit
 
 __all__ = ["Rtn"]
@@ -23,13 +23,17 @@ class Rtn:
     def reads_activations(self) -> bool:
         return False
 
+    @property
+    def reads_float_stream(self) -> bool:
+        return False
+
     def refuse(self, layer: Layer) -> str | None:
         grid = layer.scheme.weight
         if grid.block[0] != 1 or not (grid.element.is_integer or grid.scale == "E8M0"):
             return f"rtn rounds to integers and MX floats, not to {layer.scheme.name}"
         return None
 
-    def quantize(self, unit: Unit) -> dict[str, QuantizedTensor]:
+    def quantize(self, unit: Unit) -> dict[str, Rounded]:
         from roundel.ops.encode import encode
 
-        return {layer.name: encode(unit.weights[layer.name], layer.scheme.weight) for layer in unit.layers}
+        return {layer.name: Rounded(tensor=encode(unit.weight(layer), layer.scheme.weight)) for layer in unit.layers}

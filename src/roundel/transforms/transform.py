@@ -1,0 +1,44 @@
+"""What a transform is: the same function with weights that are easier to round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+from roundel.unit import Layer, Unit
+
+__all__ = ["Transform", "Transformed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transformed:
+    """A unit with other weights, and what happened to its spaces.
+
+    notes   space name -> what was done or why it was skipped; rows of the report
+    """
+
+    unit: Unit
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+
+class Transform(Protocol):
+    """A frozen dataclass: its fields are the hyperparameters and their defaults, as an algorithm's are."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str]
+
+    @property
+    def reads_activations(self) -> bool:
+        """Whether it needs activations."""
+
+    @property
+    def reads_float_stream(self) -> bool:
+        """Whether it asks for the streams "float" and "target" beside "quantized"."""
+
+    def refuse(self, layer: Layer) -> str | None:
+        """Why a layer makes this transform impossible, or None. Asked at plan time."""
+
+    def apply(self, unit: Unit) -> Transformed:
+        """The unit with absorbed maps: same output before rounding. Returns values; changes nothing."""
