@@ -5,21 +5,32 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from roundel.calibrated import Calibration, Offload
+from roundel.chain import known_options
 from roundel.checkpoint import Checkpoint, open_checkpoint
 from roundel.errors import RecipeError
+from roundel.families import text_config
 from roundel.io.journal import alone, read_journal
 from roundel.io.source import LocalFiles, small_files
 from roundel.output import clear, is_complete, prepare, read_report
-from roundel.pipeline import Demoted, Progress, default_workers, run
+from roundel.pipeline import Demoted, default_workers, run
 from roundel.planning import Plan, build_plan
 from roundel.recipe import Recipe
-from roundel.report import Report
+from roundel.report import Progress, Report
 
-__all__ = ["plan", "quantize", "quantize_checkpoint", "remove_downloads"]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    Dataset = str | Sequence[str | Sequence[int] | Tensor | Mapping[str, object]]
+    Tick = Callable[[str, float, str], None]
+
+__all__ = ["calibration_of", "plan", "quantize", "quantize_checkpoint", "remove_downloads"]
 
 
 def plan(model: str | Path, *, recipe: Recipe | None = None, revision: str | None = None, **wishes: object) -> Plan:
@@ -37,7 +48,7 @@ def plan(model: str | Path, *, recipe: Recipe | None = None, revision: str | Non
 
 
 def quantize(
-    model: str | Path,
+    model: str | Path | nn.Module,
     out: str | Path,
     *,
     recipe: Recipe | None = None,
@@ -46,29 +57,102 @@ def quantize(
     workers: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    dataset: Dataset | None = None,
+    offload: Offload = "auto",
+    trust_remote_code: bool = False,
+    tick: Tick | None = None,
     **wishes: object,
 ) -> Report:
     """Round a model's weights and write a checkpoint.
 
-    model     a folder, or a Hub id ("org/name")
-    wishes    the fields of Recipe, when no recipe is given: scheme="W4A16", format="auto_round", layer_config={...} ...
+    model     a folder, a Hub id ("org/name"), or a live model of transformers, which is saved to a folder first
+    wishes    the fields of Recipe, when no recipe is given: scheme="W4A16", format="auto_round", layer_config={...},
+              algorithm="gptq" or Gptq(damping=0.05) or [Awq(), "gptq"], and hyperparameters by name: iters=50 ...
+    dataset   where the algorithm looks at data: a name or path as `--dataset` takes it, or a list of texts or token ids
+    offload   where activations lie between blocks: "ram", "disk", or "auto"
+    trust_remote_code   whether code that ships inside the checkpoint may run
+    tick      told how far a decoder block is: (name, 0 to 1, text)
     workers   pieces of work done side by side; None: as cores and memory allow. The output does not depend on it
     progress  called after each piece of work
 
     Call it again after a crash with the same arguments and it continues. Raises RecipeError, PlanError, OutputError,
     SourceError, or (with strict) NumericsError.
     """
-    out, wish = Path(out), _recipe(recipe, wishes)
+    out = Path(out)
+    if dataset is not None:
+        wishes["dataset"] = dataset if isinstance(dataset, str) else f"(a list of {len(dataset)})"
+    wish = _recipe(recipe, wishes)
     work = downloads(out)
-    checkpoint = open_checkpoint(model, revision, work)
-    try:
-        report = quantize_checkpoint(
-            checkpoint, out, wish, device=device, workers=workers, overwrite=overwrite, progress=progress
+    with ExitStack() as held:
+        checkpoint = open_checkpoint(_saved(model, held), revision, work)
+        held.callback(checkpoint.close)
+        calibration = (
+            calibration_of(checkpoint, wish, dataset, offload=offload, trust_remote_code=trust_remote_code, tick=tick)
+            if wish.chain.reads_activations
+            else None
         )
-    finally:
-        checkpoint.close()
+        report = quantize_checkpoint(
+            checkpoint,
+            out,
+            wish,
+            device=device,
+            workers=workers,
+            overwrite=overwrite,
+            progress=progress,
+            calibration=calibration,
+        )
     remove_downloads(work)
     return report
+
+
+def calibration_of(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    dataset: Dataset | None = None,
+    *,
+    offload: Offload = "auto",
+    trust_remote_code: bool = False,
+    tick: Tick | None = None,
+) -> Calibration:
+    """The tokens that a recipe's algorithm looks at, read and cut. Raises RecipeError or SourceError."""
+    from roundel.calibration.datasets import calibration_tokens
+
+    limit = text_config(checkpoint.source.config).get("max_position_embeddings")
+    seqlen = min(recipe.seqlen, limit) if isinstance(limit, int) else recipe.seqlen
+    found = calibration_tokens(
+        dataset if dataset is not None else recipe.dataset,
+        checkpoint.source.small_folder(),
+        nsamples=recipe.nsamples,
+        seqlen=seqlen,
+        seed=recipe.seed,
+        trust_remote_code=trust_remote_code,
+    )
+    notes = found.notes
+    if seqlen < recipe.seqlen:
+        notes = (f"samples have {seqlen} tokens, not {recipe.seqlen}: the model takes no more", *notes)
+    return Calibration(
+        tokens=found.tokens,
+        sha256=found.sha256,
+        notes=notes,
+        offload=offload,
+        trust_remote_code=trust_remote_code,
+        tick=tick or (lambda name, done, text: None),
+    )
+
+
+def _saved(model: str | Path | nn.Module, held: ExitStack) -> str | Path:
+    """A live model as a folder that lasts as long as `held`."""
+    if isinstance(model, (str, Path)):
+        return model
+    save = getattr(model, "save_pretrained", None)
+    if save is None:
+        raise RecipeError(
+            f"A {type(model).__name__} is neither a folder, a Hub id, nor a model of transformers. Save it with "
+            "save_pretrained and pass the folder."
+        )
+    folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="roundel-model-")))
+    save(folder)
+    return folder
 
 
 def remove_downloads(work: Path) -> None:
@@ -87,13 +171,15 @@ def quantize_checkpoint(
     overwrite: bool = False,
     progress: Progress | None = None,
     planned: Plan | None = None,
+    calibration: Calibration | None = None,
 ) -> Report:
     """`quantize` for a checkpoint that is open already. planned: its plan, where it was made already."""
     if workers is not None and workers < 1:
         raise RecipeError(f"workers={workers} is not possible: at least one is needed.")
     check_device(device)
     demoted = {} if overwrite else _demoted(out, recipe)
-    made = planned if planned is not None and not demoted else build_plan(checkpoint, recipe, demoted)
+    seen = (calibration.sha256, calibration.notes) if calibration is not None else None
+    made = planned if planned is not None and not demoted else build_plan(checkpoint, recipe, demoted, seen)
     if not overwrite and is_complete(out, made):
         return Report(plan=made, folder=out, rows=(), seconds=0.0, already_complete=True)
     files = checkpoint.source.files
@@ -108,13 +194,15 @@ def quantize_checkpoint(
             held.enter_context(alone(out))
         while True:
             try:
-                return run(made, checkpoint, out, workers or default_workers(made, device), device, progress)
+                return run(
+                    made, checkpoint, out, workers or default_workers(made, device), device, progress, calibration
+                )
             except Demoted as error:
                 if recipe.strict:
                     raise
                 demoted = {**demoted, **{name: _short(text) for name, text in error.layers.items()}}
                 clear(out, made)
-                made = build_plan(checkpoint, recipe, demoted)
+                made = build_plan(checkpoint, recipe, demoted, seen)
 
 
 def check_device(device: str, planning: bool = False) -> None:
@@ -157,4 +245,8 @@ def _recipe(recipe: Recipe | None, wishes: Mapping[str, object]) -> Recipe:
     clean = {k: v for k, v in wishes.items() if v is not None}
     if "format" in clean:
         clean["formats"] = clean.pop("format")
+    own = {f.name for f in fields(Recipe)}
+    loose = {key: clean.pop(key) for key in list(clean) if key not in own and key in known_options()}
+    if loose:
+        clean["options"] = {**loose, **dict(clean.get("options", {}))}  # type: ignore[call-overload]
     return Recipe.from_dict(clean)

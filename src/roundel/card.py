@@ -38,6 +38,16 @@ def command_of(recipe: Recipe, model: str, out: str = "OUT", revision: str | Non
     if recipe.sym is not None:
         words.append("--sym" if recipe.sym else "--asym")
     words += ["--algorithm", recipe.algorithm, "--format", ",".join(recipe.formats)]
+    for key, value in recipe.options.items():
+        flag = key.rpartition(".")[2].replace("_", "-")
+        words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    if recipe.chain.reads_activations:
+        words += ["--dataset", recipe.dataset]
+        for name in ("nsamples", "seqlen", "batch_size", "seed", "activation_dtype"):
+            if getattr(recipe, name) != getattr(default, name):
+                words += [f"--{name.replace('_', '-')}", str(getattr(recipe, name))]
+        if recipe.calibrate_all_experts:
+            words.append("--calibrate-all-experts")
     if recipe.layer_config:
         words += ["--layer-config", json.dumps(recipe.layer_config)]
     if recipe.ignore_layers:

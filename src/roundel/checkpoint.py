@@ -124,6 +124,31 @@ class Checkpoint:
         assert self.reader is not None
         return self.reader.decode(self.unpack(layer))
 
+    def tensor(self, name: str) -> Tensor:
+        """A tensor by the name it has in a written checkpoint: a matrix decoded and split, a bias, or a loose tensor.
+
+        Raises SourceError when there is none.
+        """
+        module, _, part = name.rpartition(".")
+        matrix = self.matrices.get(module)
+        if matrix is None and module == self.family.head and self.is_tied:
+            matrix = self.tied_head()
+        if matrix is not None and part == "weight":
+            return self.weights(matrix.layer())
+        if matrix is not None and matrix.bias is not None and matrix.bias[0] == name:
+            return self.read_piece(matrix.bias[1])
+        if name not in self.source.tensors:
+            raise SourceError(f"{self.source.name} has no tensor {name}, which the model needs. Fetch it again.")
+        return self.read_piece(Piece(tensor=name))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors as they are written: packed layers as one `.weight`, experts split. See `tensor`."""
+        matrices = self.matrices.values()
+        weights = [f"{matrix.name}.weight" for matrix in matrices]
+        biases = [matrix.bias[0] for matrix in matrices if matrix.bias is not None]
+        return (*weights, *biases, *self.loose)
+
     @property
     def layers(self) -> dict[str, Layer]:
         """The layers that are stored quantized, by module name."""

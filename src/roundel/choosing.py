@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from roundel.algorithms import algorithm_named
 from roundel.checkpoint import Matrix
 from roundel.errors import PlanError, nearest
 from roundel.families.generic import CONV1D
@@ -69,7 +68,7 @@ def layers_of(
     recipe: Recipe,
     problems: list[str],
 ) -> list[Layer]:
-    algorithm = algorithm_named(recipe.algorithm)
+    algorithm = recipe.chain.algorithm
     layers: list[Layer] = []
     refused: dict[tuple[str, str], list[Layer]] = {}
     for matrix in matrices.values():

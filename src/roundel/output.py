@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from roundel.card import model_card, size
@@ -18,13 +18,24 @@ from roundel.io.journal import JOURNAL
 from roundel.io.safetensors import Shard
 from roundel.io.source import INDEX, Source, small_files
 from roundel.planning import Output, Plan
-from roundel.report import REPORT, Report
+from roundel.report import LOG, REPORT, Report
 
-__all__ = ["clear", "finish", "folder_of", "is_complete", "is_intact", "open_shards", "prepare", "read_report"]
+__all__ = [
+    "FRONTIER",
+    "clear",
+    "finish",
+    "folder_of",
+    "is_complete",
+    "is_intact",
+    "open_shards",
+    "prepare",
+    "read_report",
+]
 
 CONFIG = "config.json"
 _JOURNAL_NEW = "journal.new"  # all there is when the first instant of a run was its last
-_OURS = (CONFIG, "quantization_config.json", "README.md", "recipe.json", REPORT, INDEX, JOURNAL, _JOURNAL_NEW)
+FRONTIER = ".frontier"  # ends the name of a file of activations
+_OURS = (CONFIG, "quantization_config.json", "README.md", "recipe.json", REPORT, LOG, INDEX, JOURNAL, _JOURNAL_NEW)
 
 
 def folder_of(out: Path, plan: Plan, output: Output) -> Path:
@@ -101,15 +112,20 @@ def clear(out: Path, plan: Plan) -> None:
         path.unlink()
 
 
-def is_intact(out: Path, plan: Plan, finished: int) -> bool:
-    """Whether the files that a journal of so many finished works speaks of are there.
+def is_intact(out: Path, plan: Plan, finished: Collection[str]) -> bool:
+    """Whether the files that a journal of these finished works speaks of are there.
 
-    Files have their final names only when all works are finished.
+    Files have their final names only when all works are finished. A unit that follows a finished one needs the
+    activations that enter it.
     """
+    units = [work.name for work in plan.works if work.kind == "unit"]
+    following = next((name for name in units if name not in finished), None)
+    if following not in (None, *units[:1]) and not (out / f"{following}.quantized{FRONTIER}").is_file():
+        return False
     for output in plan.outputs:
         for shard in output.shards:
             path = folder_of(out, plan, output) / shard.name
-            whole = finished == len(plan.works) and _holds(path, shard.nbytes)
+            whole = len(finished) == len(plan.works) and _holds(path, shard.nbytes)
             begun = not path.exists() and (not finished or _holds(_partial(path), shard.nbytes))
             if not (whole or begun):
                 return False
@@ -135,7 +151,7 @@ def _ours(folders: Iterable[Path]) -> list[Path]:
         for folder in folders
         if folder.is_dir()
         for path in folder.iterdir()
-        if path.is_file() and (path.name in _OURS or path.name.endswith((".safetensors", ".partial")))
+        if path.is_file() and (path.name in _OURS or path.name.endswith((".safetensors", ".partial", FRONTIER)))
     ]
 
 
@@ -180,6 +196,8 @@ def finish(out: Path, plan: Plan, source: Source, report: Report) -> None:
         folder = folder_of(out, plan, output)
         _write(folder / CONFIG, json.dumps(_config(source.config, output, plan.untied), indent=2) + "\n")
         _sync_folder(folder)
+    for path in out.glob("*" + FRONTIER):
+        path.unlink()
     (out / JOURNAL).unlink()
     _sync_folder(out)
 

@@ -11,35 +11,32 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from roundel.algorithms import algorithm_named
+from roundel.algorithms import Algorithm, Rounded, Rtn
+from roundel.calibrated import Calibration, run_units
 from roundel.checkpoint import Checkpoint
 from roundel.errors import NumericsError
-from roundel.fusion import Errors, fuses, not_finite, round_and_pack
+from roundel.fusion import fuses, round_and_pack
 from roundel.io.journal import Journal
 from roundel.io.safetensors import Shard
+from roundel.matrices import as_bytes, errors_of, finite, sound
 from roundel.output import clear, finish, is_intact, open_shards
 from roundel.planning import Copy, Plan, Work
-from roundel.report import Report, Row
+from roundel.report import Progress, Report, Row, row_of
 from roundel.unit import Layer, Unit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from roundel.tensor import QuantizedTensor
 
-__all__ = ["Demoted", "Progress", "default_workers", "run"]
+__all__ = ["Demoted", "default_workers", "run"]
 
 FLUSH_BYTES = 32 << 20  # flushed and journaled at least this often, or after FLUSH_SECONDS
 FLUSH_SECONDS = 1.0
-ERROR_WEIGHTS = 1 << 20  # compared at a time
-
-Progress = Callable[[Work, Row], None]
 
 
 class Demoted(NumericsError):
@@ -72,15 +69,17 @@ def run(
     workers: int = 1,
     device: str = "cpu",
     progress: Progress | None = None,
+    calibration: Calibration | None = None,
 ) -> Report:
     """Carry out a plan. Safe to call again after a crash: finished work is skipped.
 
+    calibration   what the plan's algorithm looks at; needed where it reads activations
     Raises Demoted when weights are not finite, after all of the model was looked at.
     """
     started = time.perf_counter()
     identity = {**plan.identity(), "fingerprint": plan.fingerprint}
     journal = Journal(out, identity)
-    if not is_intact(out, plan, len(journal.finished)):
+    if not is_intact(out, plan, journal.finished):
         journal.close()
         clear(out, plan)  # somebody took files away: what the journal says of them is worth nothing
         journal = Journal(out, identity)
@@ -92,14 +91,21 @@ def run(
     shards = open_shards(out, plan)
     opened = {id(s): s for by_tensor in shards for s in by_tensor.values()}
     committer = _Committer(journal, tuple(opened.values()))
-    loop = _Loop(plan, checkpoint, shards, device, committer, progress)
+    chain = plan.recipe.chain
+    loop = _Loop(
+        plan, checkpoint, shards, device, committer, progress,
+        algorithm=Rtn() if chain.reads_activations else chain.algorithm,
+        outside="outside the decoder blocks: rounded to nearest" if chain.reads_activations else None,
+    )  # fmt: skip
     try:
         try:
-            loop.go([w for w in plan.works if w.name not in journal.finished], workers)
+            loop.go([w for w in plan.works if w.kind != "unit" and w.name not in journal.finished], workers)
         finally:
             committer.close()
         if loop.bad:
             raise Demoted({w.name: loop.bad[w.name] for w in plan.works if w.name in loop.bad})
+        if calibration is not None:
+            run_units(plan, checkpoint, out, shards, journal, calibration, device, _free_memory(), progress)
     except BaseException:
         for shard in opened.values():
             shard.close()
@@ -107,7 +113,7 @@ def run(
         raise
     for shard in opened.values():
         shard.finish()
-    rows = tuple(Row.from_dict(journal.finished[w.name]) for w in plan.works)
+    rows = tuple(r for w in plan.works for r in Row.from_dict(journal.finished[w.name]).flat())
     journal.close()
     report = Report(plan=plan, folder=out, rows=rows, seconds=time.perf_counter() - started, resumed=resumed)
     finish(out, plan, checkpoint.source, report)
@@ -172,6 +178,8 @@ class _Loop:
     device: str
     committer: _Committer
     progress: Progress | None
+    algorithm: Algorithm
+    outside: str | None = None  # said of every layer, where the algorithm is not the one asked for
     bad: dict[str, str] = field(default_factory=dict)
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -236,10 +244,9 @@ class _Loop:
         layer, formats = work.layer, [o.format for o in self.plan.outputs]
         if work.kind == "decode":
             weight = self.checkpoint.weights(layer)
-            self._put({layer.name + ".weight": _as_bytes(weight, layer.dtype)}, nbytes)
+            self._put({layer.name + ".weight": as_bytes(weight, layer.dtype)}, nbytes)
             return Row(name=work.name, kind=work.kind, nbytes=tuple(nbytes))
-        algorithm = algorithm_named(self.plan.recipe.algorithm)
-        if fuses(layer, formats, algorithm, self.device):
+        if fuses(layer, formats, self.algorithm, self.device):
             piece, source = layer.stored.parts["weight"], self.checkpoint.source
             parts, errors = round_and_pack(layer, formats[0], lambda start, into: source.read_rows(piece, start, into))
             self._put(
@@ -247,46 +254,35 @@ class _Loop:
                 nbytes,
                 0,
             )
+            row = row_of(layer, None, errors, self.outside)
         else:
-            errors = self._round(layer, nbytes)
-        return Row(
-            name=work.name, kind=work.kind, scheme=layer.scheme.name, sqnr=round(errors.sqnr, 4), nbytes=tuple(nbytes)
-        )
+            row = self._round(layer, nbytes)
+        return replace(row, kind=work.kind, nbytes=tuple(nbytes))
 
-    def _round(self, layer: Layer, nbytes: list[int]) -> Errors:
+    def _round(self, layer: Layer, nbytes: list[int]) -> Row:
         """The general way: any source, any algorithm, any device, several formats."""
         with _stream(self.device):
-            weight, quantized = self._quantize(layer)
-            errors = _errors(weight, quantized)
+            weight, rounded = self._quantize(layer)
             for number, output in enumerate(self.plan.outputs):
-                parts = output.format.pack(layer, quantized)
-                self._put({f"{layer.name}.{part}": _as_bytes(tensor) for part, tensor in parts.items()}, nbytes, number)
-        return errors
+                parts = output.format.pack(layer, rounded.tensor)
+                self._put({f"{layer.name}.{part}": as_bytes(tensor) for part, tensor in parts.items()}, nbytes, number)
+            return row_of(layer, rounded, errors_of(weight, rounded.tensor), self.outside)
 
-    def _quantize(self, layer: Layer) -> tuple[Tensor, QuantizedTensor]:
-        import torch
-
+    def _quantize(self, layer: Layer) -> tuple[Tensor, Rounded]:
         grid = layer.scheme.weight
         if layer.stored.scheme is not None and layer.stored.scheme.weight.equals(grid):
             quantized = replace(self.checkpoint.unpack(layer), grid=grid)
             if quantized.zero is None or int(quantized.zero.min()) >= grid.lowest_zero:
-                return _finite(layer, quantized.decode()), quantized  # on the asked grid already: nothing to round
-        weight = _finite(layer, _to_device(self.checkpoint.weights(layer), self.device))
-        quantized = (
-            algorithm_named(self.plan.recipe.algorithm)
-            .quantize(Unit(name=layer.name, layers=(layer,), weights={layer.tensor: weight}))[layer.name]
-            .tensor
-        )
-        scale = quantized.scale
-        if not isinstance(scale, torch.Tensor) or not bool(torch.isfinite(scale.float()).all()):
-            row, column = divmod(int(weight.abs().argmax()), layer.shape[1])
-            raise not_finite(layer, row, column, float(weight[row, column]))
-        return weight, quantized
+                # on the asked grid already: nothing to round
+                return finite(layer, quantized.decode()), Rounded(tensor=quantized)
+        weight = finite(layer, _to_device(self.checkpoint.weights(layer), self.device))
+        unit = Unit(name=layer.name, layers=(layer,), weights={layer.tensor: weight})
+        return weight, sound(layer, weight, self.algorithm.quantize(unit)[layer.name])
 
     def _copy(self, copy: Copy, nbytes: list[int]) -> None:
         name = copy.spec.name
         if not copy.piece.is_whole:
-            self._put({name: _as_bytes(self.checkpoint.read_piece(copy.piece))}, nbytes)
+            self._put({name: as_bytes(self.checkpoint.read_piece(copy.piece))}, nbytes)
             return
         descriptor, begin = self.checkpoint.source.place(copy.piece.tensor)
         for number, by_tensor in enumerate(self.shards):
@@ -299,36 +295,6 @@ class _Loop:
                 for name, data in tensors.items():
                     by_tensor[name].put(name, data)
                     nbytes[number] += len(data)
-
-
-def _finite(layer: Layer, weight: Tensor) -> Tensor:
-    """The weight itself. Raises NumericsError naming its first value that is not finite."""
-    import torch
-
-    finite = torch.isfinite(weight)
-    if not bool(finite.all()):
-        row, column = (int(i) for i in (~finite).nonzero()[0])
-        raise not_finite(layer, row, column, float(weight[row, column]))
-    return weight
-
-
-def _errors(weight: Tensor, quantized: QuantizedTensor) -> Errors:
-    decoded, signal, noise = quantized.decode(), 0.0, 0.0
-    rows = max(1, ERROR_WEIGHTS // weight.shape[1])
-    for start in range(0, weight.shape[0], rows):  # float64 sums, a slab at a time
-        exact = weight[start : start + rows].double()
-        signal += float(exact.square().sum())
-        noise += float(exact.sub_(decoded[start : start + rows]).square_().sum())
-    return Errors(signal, noise)
-
-
-def _as_bytes(tensor: Tensor, dtype: str | None = None) -> memoryview:
-    import torch
-
-    from roundel.tensor import torch_dtype
-
-    found = tensor.to("cpu", torch_dtype(dtype) if dtype else tensor.dtype).contiguous().reshape(-1)
-    return found.view(torch.uint8).numpy().data
 
 
 def _to_device(tensor: Tensor, device: str) -> Tensor:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from roundel import __version__
-from roundel.algorithms import algorithm_named
 from roundel.checkpoint import Checkpoint, Matrix
 from roundel.choosing import choose, head_asked, layers_of, settle
 from roundel.errors import PlanError
+from roundel.families import text_config
 from roundel.formats import Contents, Format, format_named
 from roundel.fusion import fuses, slab_rows
 from roundel.io.safetensors import ShardLayout, lay_out
@@ -41,18 +42,31 @@ class Copy:
 class Work:
     """The smallest piece of work that is done, committed and resumed as a whole.
 
-    name     unique; the layer's or the tensor's name
-    kind     "round" a layer, "decode" a packed matrix that stays in full precision, or "copy" tensors
+    name     unique; the layer's, the tensor's or the unit's name
+    kind     "round" a layer, "decode" a packed matrix that stays in full precision, "copy" tensors, or a "unit": a
+             decoder block or the output head, of which all is needed at once
     layer    for "round" and "decode"
-    copies   tensors written unchanged along with it: its bias, or all of a "copy"
+    copies   tensors written along with it: its bias, all of a "copy", what stays of a unit
+    layers   the matrices of a unit that are rounded
+    decodes  the packed matrices of a unit that stay in full precision
     shards   source files it reads
     """
 
     name: str
-    kind: Literal["round", "decode", "copy"]
+    kind: Literal["round", "decode", "copy", "unit"]
     layer: Layer | None = None
     copies: tuple[Copy, ...] = ()
+    layers: tuple[Layer, ...] = ()
+    decodes: tuple[Layer, ...] = ()
     shards: tuple[str, ...] = ()
+
+    @property
+    def rounded(self) -> tuple[Layer, ...]:
+        """The layers it rounds."""
+        if self.kind == "round":
+            assert self.layer is not None
+            return (self.layer,)
+        return self.layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +115,7 @@ class Plan:
     untied: bool
     source_bytes: int
     demoted: Mapping[str, str] = field(default_factory=dict)
+    calibration: str | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -120,6 +135,7 @@ class Plan:
             "source_fingerprint": self.source_fingerprint,
             **{f"recipe.{k}": v for k, v in self.recipe.to_dict().items()},
             "demoted": dict(self.demoted),
+            **({"calibration": self.calibration} if self.calibration else {}),
         }
 
     @property
@@ -143,7 +159,7 @@ class Plan:
 
     def peak_memory(self, workers: int, device: str = "cpu") -> int:
         """Bytes of memory the run is expected to reach, the interpreter and its libraries included."""
-        algorithm, formats = algorithm_named(self.recipe.algorithm), [o.format for o in self.outputs]
+        algorithm, formats = self.recipe.chain.algorithm, [o.format for o in self.outputs]
         sizes, needs_torch = [], device != "cpu"
         for work in self.works:
             plain = work.kind == "copy" and all(c.piece.is_whole for c in work.copies)
@@ -175,9 +191,15 @@ def _working_bytes(work: Work, formats: Sequence[Format], fused: bool, plain: bo
     return packed + layer.parameters * FLOAT_BYTES + COMPARED_BYTES
 
 
-def build_plan(checkpoint: Checkpoint, recipe: Recipe, demoted: Mapping[str, str] | None = None) -> Plan:
+def build_plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    demoted: Mapping[str, str] | None = None,
+    seen: tuple[str, Sequence[str]] | None = None,
+) -> Plan:
     """Decide everything.
 
+    seen      where activations are read: sha256 of the tokens they are made from, and notes on these
     demoted   layers that a run found it cannot round (weights that are not finite) -> why; they are kept
     Raises PlanError with every problem at once: patterns that match nothing, layers a format or the algorithm refuses,
     formats that cannot hold the mixture.
@@ -207,6 +229,8 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe, demoted: Mapping[str, str
     if problems:
         raise PlanError(problems)
     works = _works(checkpoint, matrices, {layer.name: layer for layer in layers})
+    if recipe.chain.reads_activations:
+        works = _units(works, checkpoint)
     _check_names(works, settled, checkpoint.source.name)
     kept = tuple(
         Kept(name=m.name, shape=m.shape, dtype=m.dtype, reason=choices[m.name].origin)
@@ -239,7 +263,9 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe, demoted: Mapping[str, str
         untied=untied,
         source_bytes=sum(s.nbytes for s in checkpoint.source.tensors.values()),
         demoted=dict(demoted),
+        calibration=seen[0] if seen else None,
         notes=(
+            *(seen[1] if seen else ()),
             *_notes(checkpoint, layers, matrices, demoted, untied),
             *(caveat for format in settled for caveat in format.caveats(contents)),
         ),
@@ -273,6 +299,42 @@ def _works(checkpoint: Checkpoint, matrices: Mapping[str, Matrix], layers: Mappi
     return tuple(sorted(works, key=lambda w: min(order[t] for t in _tensors(w))))
 
 
+def _units(works: Sequence[Work], checkpoint: Checkpoint) -> tuple[Work, ...]:
+    """Everything of a decoder block as one piece of work, and the output head with it where it is rounded: pieces that
+    stand apart from the blocks first, then the blocks in order."""
+    blocks: dict[tuple[str, int], list[Work]] = {}
+    apart: list[Work] = []
+    heads: list[Work] = []
+    layers_in_blocks = _block_count(checkpoint.source.config)
+    for work in works:
+        tried = (re.match(rf"({re.escape(path)})\.(\d+)\.", work.name) for path in checkpoint.family.blocks)
+        found = next((match for match in tried if match), None)
+        if found is not None and (layers_in_blocks is None or int(found[2]) < layers_in_blocks):
+            blocks.setdefault((found[1], int(found[2])), []).append(work)
+        elif work.kind == "round" and work.layer is not None and work.layer.role == "head":
+            heads.append(work)
+        else:
+            apart.append(work)
+    units = [_unit(f"{path}.{index}", inside) for (path, index), inside in sorted(blocks.items())]
+    return (*apart, *units, *(_unit(work.name, [work]) for work in heads))
+
+
+def _unit(name: str, works: Sequence[Work]) -> Work:
+    return Work(
+        name=name,
+        kind="unit",
+        copies=tuple(c for w in works for c in w.copies),
+        layers=tuple(w.layer for w in works if w.kind == "round" and w.layer is not None),
+        decodes=tuple(w.layer for w in works if w.kind == "decode" and w.layer is not None),
+        shards=tuple(dict.fromkeys(s for w in works for s in w.shards)),
+    )
+
+
+def _block_count(config: Mapping[str, object]) -> int | None:
+    count = text_config(config).get("num_hidden_layers", config.get("num_hidden_layers"))
+    return count if isinstance(count, int) else None
+
+
 def _check_names(works: Sequence[Work], formats: Sequence[Format], source: str) -> None:
     """A file holds a name once, and a journal too."""
     for names in ([w.name for w in works], *([s.name for s in _specs(works, f)] for f in formats)):
@@ -302,17 +364,17 @@ def _work(
 
 
 def _tensors(work: Work) -> list[str]:
-    parts = work.layer.stored.parts.values() if work.layer else ()
-    return [p.tensor for p in parts] + [c.piece.tensor for c in work.copies]
+    layers = (*work.layers, *work.decodes, *((work.layer,) if work.layer else ()))
+    return [p.tensor for layer in layers for p in layer.stored.parts.values()] + [c.piece.tensor for c in work.copies]
 
 
 def _specs(works: Sequence[Work], format: Format) -> list[TensorSpec]:
     specs: list[TensorSpec] = []
     for work in works:
-        if work.layer is not None and work.kind == "round":
-            specs += [TensorSpec(f"{work.layer.name}.{s.name}", s.dtype, s.shape) for s in format.outputs(work.layer)]
-        elif work.layer is not None:
-            specs.append(TensorSpec(work.layer.name + ".weight", work.layer.dtype, work.layer.shape))
+        for layer in work.rounded:
+            specs += [TensorSpec(f"{layer.name}.{s.name}", s.dtype, s.shape) for s in format.outputs(layer)]
+        decoded = work.decodes if work.layer is None or work.kind == "round" else (work.layer,)
+        specs += [TensorSpec(layer.tensor, layer.dtype, layer.shape) for layer in decoded]
         specs += [c.spec for c in work.copies]
     return specs
 

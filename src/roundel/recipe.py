@@ -10,14 +10,15 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 
-from roundel.algorithms import algorithm_named
+from roundel.chain import Chain, Value, make_chain, names_and_options
 from roundel.errors import RecipeError, nearest
 from roundel.formats import format_named
 from roundel.scheme import MIXES, Mix, Scheme
 
-__all__ = ["Choice", "Recipe", "matches", "parse_layer_config", "parse_size"]
+__all__ = ["RECIPES", "Choice", "Recipe", "matches", "parse_layer_config", "parse_size"]
 
 _SIZE_UNITS = {
     "": 1,
@@ -29,6 +30,14 @@ _SIZE_UNITS = {
     "KIB": 2**10,
     "MIB": 2**20,
     "GIB": 2**30,
+}
+
+RECIPES: dict[str, dict[str, object]] = {  # named wishes; what is given beside one wins
+    "default": {"algorithm": "signround", "nsamples": 128},
+    "best": {"algorithm": "signround", "nsamples": 512, "options": {"iters": 1000}},
+    "light": {"algorithm": "signround", "nsamples": 128, "options": {"iters": 50, "lr": 5e-3}},
+    "opt-rtn": {"algorithm": "opt-rtn"},
+    "rtn": {"algorithm": "rtn"},
 }
 
 
@@ -46,7 +55,13 @@ class Recipe:
 
     scheme          a preset's name, a mix's name, or W<bits>A16[G<group>][_ASYM]
     bits, group_size, sym   replace that part of an integer scheme; None keeps the scheme's
-    algorithm       what chooses the codes
+    algorithm       what chooses the codes, transforms first: "gptq", "awq,signround"
+    options         hyperparameters by field name, "iters" or "signround.iters"
+    dataset, nsamples, seqlen, batch_size   what activations are calibrated on, where the algorithm reads them: where
+                    the text comes from, samples, tokens of a sample, samples run together
+    seed            of the samples' order and of everything an algorithm draws
+    activation_dtype   of the activations that travel from block to block: float32 or bfloat16
+    calibrate_all_experts   every expert sees every token for its statistics; outputs do not change
     formats         the formats to write, in one pass; more than one go to a folder each
     layer_config    pattern -> preset name, or {scheme, bits, group_size, sym}; {"bits": 16} keeps layers. Exact names
                     win over patterns, later patterns over earlier ones
@@ -63,6 +78,14 @@ class Recipe:
     group_size: int | None = None
     sym: bool | None = None
     algorithm: str = "rtn"
+    options: Mapping[str, Value] = field(default_factory=dict)
+    dataset: str = "NeelNanda/pile-10k"
+    nsamples: int = 128
+    seqlen: int = 2048
+    batch_size: int = 8
+    seed: int = 42
+    activation_dtype: str = "float32"
+    calibrate_all_experts: bool = False
     formats: tuple[str, ...] = ("auto_round",)
     layer_config: Mapping[str, str | Mapping[str, object]] = field(default_factory=dict)
     ignore_layers: tuple[str, ...] = ()
@@ -77,7 +100,7 @@ class Recipe:
             raise RecipeError("No format is asked for. Name at least one, such as auto_round.")
         if len(set(self.formats)) < len(self.formats):
             raise RecipeError(f"Format {self.formats[0]} is asked for twice. Name each format once.")
-        algorithm_named(self.algorithm)
+        self._check_calibration()
         parse_size(self.shard_size)
         self.default_for("linear")
         for pattern, value in self.layer_config.items():
@@ -85,6 +108,22 @@ class Recipe:
             scheme_of_entry(pattern, value, self.default_for("linear"))
         for pattern in self.ignore_layers:
             compiled(pattern)
+
+    def _check_calibration(self) -> None:
+        for name, low in (("nsamples", 1), ("seqlen", 2), ("batch_size", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise RecipeError(f"{name}={value!r} is not possible: it is a whole number, at least {low}.")
+        if self.activation_dtype not in ("float32", "bfloat16"):
+            raise RecipeError(f"activation_dtype={self.activation_dtype!r} is not possible: float32 or bfloat16.")
+        reads = self.chain.reads_activations
+        if self.calibrate_all_experts and not reads:
+            raise RecipeError(f"calibrate_all_experts has no meaning for {self.algorithm}, which looks at no data.")
+
+    @cached_property
+    def chain(self) -> Chain:
+        """The steps, made from their names and options."""
+        return make_chain(self.algorithm, self.options, {"seed": self.seed, "batch_size": self.batch_size})
 
     @property
     def label(self) -> str:
@@ -106,9 +145,10 @@ class Recipe:
         """Only what differs from the defaults, ready for JSON, and fit for `from_dict`."""
         default = Recipe()
         found = {k: v for k, v in asdict(self).items() if v != getattr(default, k)}
-        return {"scheme": self.scheme, "algorithm": self.algorithm, "formats": list(self.formats)} | {
-            k: list(v) if isinstance(v, tuple) else v for k, v in found.items()
-        }
+        always: dict[str, object] = {"scheme": self.scheme, "algorithm": self.algorithm, "formats": list(self.formats)}
+        if self.chain.reads_activations:
+            always |= {name: getattr(self, name) for name in ("dataset", "nsamples", "seqlen", "batch_size", "seed")}
+        return always | {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Recipe:
@@ -120,12 +160,19 @@ class Recipe:
                     f"A recipe has no field {key!r}.{nearest(key, known)} Fields are {', '.join(sorted(known))}."
                 )
         clean = dict(values)
+        if "algorithm" in clean and not isinstance(clean["algorithm"], str):
+            clean["algorithm"], given = names_and_options(clean["algorithm"])
+            if given:
+                clean["options"] = {**given, **_mapping(clean.get("options", {}))}
         for key, kind in (
             ("scheme", str),
             ("algorithm", str),
             ("quant_lm_head", bool),
             ("strict", bool),
             ("layer_config", Mapping),
+            ("options", Mapping),
+            ("dataset", str),
+            ("calibrate_all_experts", bool),
         ):
             if key in clean and not isinstance(clean[key], kind):
                 raise RecipeError(
@@ -146,6 +193,12 @@ class Recipe:
     def load(cls, path: Path) -> Recipe:
         """From a JSON or YAML file. Raises RecipeError when it cannot be read or means nothing."""
         return cls.from_dict(_read_mapping(_read_text(path), str(path)))
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"Recipe field options is {value!r}; it takes a mapping.")
+    return value
 
 
 def matches(pattern: str, names: Iterable[str]) -> set[str]:

@@ -9,14 +9,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
-from roundel.planning import Plan
+from roundel.algorithms import Rounded
+from roundel.fusion import Errors
+from roundel.planning import Plan, Work
+from roundel.unit import Layer
 
-__all__ = ["REPORT", "Report", "Row"]
+__all__ = ["LOG", "REPORT", "Progress", "Report", "Row", "row_of"]
 
 REPORT = "report.json"
+LOG = "log.jsonl"  # times stand here, and nowhere else
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +30,10 @@ class Row:
 
     sqnr   signal to quantization noise in decibel; None for what was not rounded; infinite where nothing was lost
     nbytes bytes written in each format
+    error, baseline   the algorithm's own objective, and the same with plain rounding; None where it has none
+    tokens  tokens that the algorithm saw enter the layer
     note   a fallback or another fact worth a row
+    rows   the layers of a unit
     """
 
     name: str
@@ -33,30 +41,75 @@ class Row:
     scheme: str | None = None
     sqnr: float | None = None
     nbytes: tuple[int, ...] = ()
+    error: float | None = None
+    baseline: float | None = None
+    tokens: int | None = None
     note: str | None = None
+    rows: tuple[Row, ...] = ()
+
+    def flat(self) -> tuple[Row, ...]:
+        """The layers' rows and then the unit's own, which is a copy of what stays; a single row as it is."""
+        return (*self.rows, replace(self, kind="copy", rows=())) if self.kind == "unit" else (self,)
 
     def to_dict(self) -> dict[str, object]:
         sqnr = self.sqnr if self.sqnr is None or math.isfinite(self.sqnr) else str(self.sqnr)
-        return {
+        found: dict[str, object] = {
             "name": self.name,
             "kind": self.kind,
             "scheme": self.scheme,
             "sqnr": sqnr,
             "nbytes": list(self.nbytes),
+            "error": self.error,
+            "baseline": self.baseline,
+            "tokens": self.tokens,
             "note": self.note,
         }
+        return found | ({"rows": [row.to_dict() for row in self.rows]} if self.rows else {})
 
     @classmethod
     def from_dict(cls, row: Mapping[str, object]) -> Row:
-        sqnr, nbytes = row.get("sqnr"), row.get("nbytes")
+        sqnr, nbytes, rows = row.get("sqnr"), row.get("nbytes"), row.get("rows")
         return cls(
             name=str(row["name"]),
             kind=str(row["kind"]),
             scheme=None if row.get("scheme") is None else str(row["scheme"]),
             sqnr=None if sqnr is None else float(str(sqnr)),
             nbytes=tuple(nbytes) if isinstance(nbytes, Sequence) else (),
+            error=_number(row.get("error")),
+            baseline=_number(row.get("baseline")),
+            tokens=None if row.get("tokens") is None else int(str(row["tokens"])),
             note=None if row.get("note") is None else str(row["note"]),
+            rows=tuple(cls.from_dict(r) for r in rows) if isinstance(rows, Sequence) else (),
         )
+
+
+def row_of(layer: Layer, rounded: Rounded | None, errors: Errors, note: str | None = None) -> Row:
+    """The row of a layer that was rounded. rounded: None for plain rounding in one pass."""
+    found = Row(name=layer.name, kind="round", scheme=layer.scheme.name, sqnr=round(errors.sqnr, 4), note=note)
+    if rounded is None:
+        return found
+    return replace(
+        found,
+        error=_short(rounded.error),
+        baseline=_short(rounded.baseline),
+        tokens=rounded.tokens,
+        note=rounded.fallback or note,
+    )
+
+
+class Progress(Protocol):
+    """Who watches a run."""
+
+    def __call__(self, work: Work, row: Row) -> None:
+        """A piece of work is done. The row of a unit holds its layers' rows."""
+
+
+def _number(value: object) -> float | None:
+    return None if value is None else float(str(value))
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import click
 
 __all__ = ["recipe_from", "recipe_options"]
 
+_PREFIX = "step_"  # of the parameter names of hyperparameters
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _OPTIONS = (
@@ -17,7 +18,33 @@ _OPTIONS = (
     click.option("--bits", type=int, help="Replace the scheme's bits: 2 to 8."),
     click.option("--group-size", type=int, help="Replace the scheme's group size; -1 is one scale per row."),
     click.option("--sym/--asym", default=None, help="Replace the scheme's symmetry. [default: symmetric]"),
-    click.option("--algorithm", metavar="NAME", help="What chooses the codes. [default: rtn]"),
+    click.option(
+        "--algorithm",
+        metavar="NAME[,NAME]",
+        help="What chooses the codes, transforms before it: gptq, awq,signround ... [default: rtn]",
+    ),
+    click.option(
+        "--recipe",
+        metavar="NAME",
+        help="A named recipe: default, best and light are signround's; opt-rtn, rtn. Options given beside it win.",
+    ),
+    click.option(
+        "--dataset",
+        metavar="SPEC",
+        help="Calibration text, where the algorithm reads data: files, Hub names, or 'bundled'; NAME:num=64,NAME ... "
+        "[default: NeelNanda/pile-10k]",
+    ),
+    click.option("--nsamples", type=int, help="Calibration samples. [default: 128]"),
+    click.option("--seqlen", type=int, help="Tokens of a sample. [default: 2048, or what the model takes]"),
+    click.option("--batch-size", type=int, help="Samples run together. [default: 8]"),
+    click.option("--seed", type=int, help="Of the samples' order and of all that is drawn. [default: 42]"),
+    click.option("--activation-dtype", metavar="DTYPE", help="Of activations between blocks. [default: float32]"),
+    click.option(
+        "--calibrate-all-experts",
+        is_flag=True,
+        default=None,
+        help="Every expert sees every token for its statistics; outputs do not change.",
+    ),
     click.option(
         "--format",
         "formats",
@@ -49,10 +76,42 @@ _OPTIONS = (
 
 
 def recipe_options(command: Command) -> Command:
-    """Add the shared options to a command."""
-    for option in reversed(_OPTIONS):
+    """Add the shared options to a command, and one for each hyperparameter of the algorithms."""
+    for option in reversed((*_OPTIONS, *_hyperparameters())):
         command = option(command)
     return command
+
+
+def _hyperparameters() -> list[Callable[[Command], Command]]:
+    from roundel.chain import known_options
+
+    made: list[Callable[[Command], Command]] = []
+    for name, option in known_options().items():
+        if name in ("seed", "batch_size"):
+            continue  # the recipe's own
+        flag = name.replace("_", "-")
+        says = "; ".join(
+            f"{'/'.join(owners)}: {text} [default: {default}]" for (default, text), owners in _told(option).items()
+        )
+        declared = f"--{flag}/--no-{flag}" if option.kinds == {"bool"} else f"--{flag}"
+        made.append(
+            click.option(
+                declared,
+                _PREFIX + name,
+                default=None,
+                metavar=None if option.kinds == {"bool"} else "|".join(sorted(option.kinds)).upper(),
+                help=says,
+            )
+        )
+    return made
+
+
+def _told(option: Any) -> dict[tuple[object, str], list[str]]:
+    """(default, description) -> the algorithms that say so."""
+    found: dict[tuple[object, str], list[str]] = {}
+    for owner, said in option.owners.items():
+        found.setdefault(said, []).append(owner)
+    return found
 
 
 def recipe_from(options: dict[str, Any]) -> Any:
@@ -60,8 +119,12 @@ def recipe_from(options: dict[str, Any]) -> Any:
 
     Raises RecipeError.
     """
-    from roundel.recipe import Recipe, parse_layer_config
+    from roundel.errors import RecipeError, nearest
+    from roundel.recipe import RECIPES, Recipe, parse_layer_config
 
+    named = options.pop("recipe")
+    if named is not None and named not in RECIPES:
+        raise RecipeError(f"Unknown recipe {named!r}.{nearest(named, RECIPES)} Known are {', '.join(RECIPES)}.")
     path = options.pop("recipe_file")
     names = (
         "scheme",
@@ -69,6 +132,13 @@ def recipe_from(options: dict[str, Any]) -> Any:
         "group_size",
         "sym",
         "algorithm",
+        "dataset",
+        "nsamples",
+        "seqlen",
+        "batch_size",
+        "seed",
+        "activation_dtype",
+        "calibrate_all_experts",
         "formats",
         "layer_config",
         "ignore_layers",
@@ -80,4 +150,13 @@ def recipe_from(options: dict[str, Any]) -> Any:
     if "layer_config" in given:
         given["layer_config"] = parse_layer_config(given["layer_config"])
     base = Recipe.load(path).to_dict() if path is not None else {}
+    if named is not None:
+        base |= RECIPES[named]
+    if "algorithm" in given and given["algorithm"] != base.get("algorithm"):
+        base.pop("options", None)  # those of another algorithm
+    hyper = {key.removeprefix(_PREFIX): options.pop(key) for key in list(options) if key.startswith(_PREFIX)}
+    hyper = {key: value for key, value in hyper.items() if value is not None}
+    if hyper:
+        before = base.get("options", {})
+        given["options"] = {**(before if isinstance(before, dict) else {}), **hyper}
     return Recipe.from_dict({**base, **given})

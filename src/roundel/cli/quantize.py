@@ -17,10 +17,20 @@ __all__ = ["quantize"]
 @click.argument("out", required=False, type=click.Path(path_type=Path))
 @recipe_options
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier run left in OUT.")
+@click.option(
+    "--offload",
+    type=click.Choice(["auto", "ram", "disk"]),
+    default="auto",
+    show_default=True,
+    help="Where activations lie between blocks.",
+)
+@click.option("--trust-remote-code", is_flag=True, help="Let code that ships inside the checkpoint run.")
 def quantize(
     model: str,
     out: Path | None,
     overwrite: bool,
+    offload: Any,
+    trust_remote_code: bool,
     revision: str | None,
     device: str,
     workers: int | None,
@@ -38,10 +48,13 @@ def quantize(
       roundel quantize ./model ./out --format auto_gptq,auto_awq
       roundel quantize ./model ./out --layer-config '{k_proj: {bits: 8}, layers.0: W8A16}'
       roundel quantize ./model ./out --recipe-file other/recipe.json
+      roundel quantize ./model ./out --algorithm gptq --dataset mytext.txt --nsamples 128
+      roundel quantize ./model ./out --algorithm awq,signround --iters 200 --bits 3
+      roundel quantize ./model ./out --recipe light --dataset bundled
     """
     from rich.markup import escape
 
-    from roundel.api import check_device, downloads, quantize_checkpoint, remove_downloads
+    from roundel.api import calibration_of, check_device, downloads, quantize_checkpoint, remove_downloads
     from roundel.checkpoint import open_checkpoint
     from roundel.cli.show import console, print_report
     from roundel.output import is_complete
@@ -55,13 +68,19 @@ def quantize(
     checkpoint = open_checkpoint(model, revision, work)
     try:
         plan = build_plan(checkpoint, recipe)
+        calibration, bar = None, _Bar(sum(layer.parameters for layer in plan.layers), len(plan.layers))
+        if recipe.chain.reads_activations:
+            calibration = calibration_of(
+                checkpoint, recipe, offload=offload, trust_remote_code=trust_remote_code, tick=bar.tick
+            )
+            plan = build_plan(checkpoint, recipe, None, (calibration.sha256, calibration.notes))
         if not is_complete(folder, plan):
             console.print(
                 f"{escape(plan.source_name)}: {len(plan.layers)} layers to {recipe.label}, {plan.bits_per_weight:.3f} "
                 f"bits per weight, into {escape(str(folder))}"
             )
         count = workers or default_workers(plan, device)
-        with _Bar(sum(w.layer.parameters for w in plan.works if w.layer is not None), len(plan.layers)) as bar:
+        with bar:
             report = quantize_checkpoint(
                 checkpoint,
                 folder,
@@ -71,6 +90,7 @@ def quantize(
                 overwrite=overwrite,
                 progress=bar.advance,
                 planned=plan,
+                calibration=calibration,
             )
     finally:
         checkpoint.close()
@@ -111,7 +131,7 @@ class _Bar:
             transient=True,
         )
         self._task = self._progress.add_task("", total=weights, layers=0)
-        self._layers = 0
+        self._layers, self._done, self._largest = 0, 0, 0
 
     def __enter__(self) -> _Bar:
         self._progress.start()
@@ -121,10 +141,15 @@ class _Bar:
         self._progress.stop()
 
     def advance(self, work: Any, row: Any) -> None:
-        self._layers += row.sqnr is not None
+        """A piece of work is done."""
+        self._layers += len(work.rounded)
+        size = sum(layer.parameters for layer in work.rounded)
+        self._done += size
+        self._largest = max(self._largest, size)
+        self._progress.update(self._task, completed=self._done, description=work.name, layers=self._layers)
+
+    def tick(self, name: str, done: float, text: str) -> None:
+        """A decoder block is done in part. Blocks are about alike, so the part is one of the largest seen."""
         self._progress.update(
-            self._task,
-            advance=work.layer.parameters if work.layer is not None else 0,
-            description=work.name,
-            layers=self._layers,
+            self._task, completed=self._done + done * self._largest, description=f"{name} {text}", layers=self._layers
         )

@@ -185,6 +185,14 @@ class Source:
             begin, size = begin + rows.start * row_bytes, len(rows) * row_bytes
         return shard, begin, size, row_bytes
 
+    def small_folder(self) -> Path:
+        """The folder with everything but the weights: tokenizer files, and code that a checkpoint may bring."""
+        if isinstance(self.files, LocalFiles):
+            return self.files.folder
+        names = ["config.json", *small_files(self)]
+        paths = [self.files.fetch(name) for name in names if name in self.files.files]
+        return paths[0].parent
+
     def place(self, name: str) -> tuple[int, int]:
         """(open file descriptor, first byte) of a whole tensor, for copying it file to file."""
         shard, place = self._places[name]

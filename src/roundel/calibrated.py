@@ -1,0 +1,312 @@
+"""The part of the loop that looks at data: decoder blocks one after the other, the activations travelling with them.
+
+For each unit: read it, transform it, choose its codes, write them, and let the rounded block compute what enters the
+next. Bytes, then activations, then the journal's line: a killed run continues at the unit it was in.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from roundel.checkpoint import Checkpoint
+from roundel.errors import PlanError
+from roundel.io.journal import Journal
+from roundel.io.safetensors import Shard
+from roundel.matrices import as_bytes, errors_of, finite, sound
+from roundel.output import FRONTIER
+from roundel.planning import Plan, Work
+from roundel.report import LOG, Progress, Row, row_of
+from roundel.unit import Unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from roundel.algorithms import Rounded
+    from roundel.calibration.activations import BlockActivations, Frontier
+    from roundel.calibration.skeleton import Block, Skeleton
+
+__all__ = ["Calibration", "Offload", "frontier_bytes", "run_units"]
+
+Offload = Literal["auto", "ram", "disk"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What a run that reads activations is given beside its plan; nothing of it but the tokens shapes the output.
+
+    tokens    [samples, tokens] int64
+    sha256    of the tokens: part of what the plan is known by
+    notes     what the user should know of them
+    offload   where activations lie between blocks: "ram", "disk", or "auto", in memory while they fit in half of it
+    tick      told how far a unit is (0 to 1), and its loss as text
+    """
+
+    tokens: Tensor
+    sha256: str
+    notes: tuple[str, ...] = ()
+    offload: Offload = "auto"
+    trust_remote_code: bool = False
+    tick: Callable[[str, float, str], None] = field(default=lambda name, done, text: None)
+
+
+def frontier_bytes(plan: Plan, hidden: int, samples: int, tokens: int) -> int:
+    """Bytes of activations that are held at once: each stream in front of a block and behind it."""
+    each = samples * tokens * hidden * {"float32": 4, "bfloat16": 2}[plan.recipe.activation_dtype]
+    return each * (4 if plan.recipe.chain.reads_float_stream else 2)
+
+
+def run_units(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    out: Path,
+    shards: Sequence[Mapping[str, Shard]],
+    journal: Journal,
+    calibration: Calibration,
+    device: str,
+    free_memory: int,
+    progress: Progress | None,
+) -> None:
+    """Do the units of a plan that the journal does not have, in order.
+
+    Raises PlanError when the model cannot be run block by block, NumericsError for weights or activations that are not
+    finite, OutputError when the disk is full.
+    """
+    units = [work for work in plan.works if work.kind == "unit"]
+    todo = [work for work in units if work.name not in journal.finished]
+    if todo:
+        _Units(plan, checkpoint, out, shards, journal, calibration, device, free_memory, progress).go(units, todo)
+
+
+class _Units:
+    def __init__(
+        self,
+        plan: Plan,
+        checkpoint: Checkpoint,
+        out: Path,
+        shards: Sequence[Mapping[str, Shard]],
+        journal: Journal,
+        calibration: Calibration,
+        device: str,
+        free_memory: int,
+        progress: Progress | None,
+    ) -> None:
+        import torch
+
+        from roundel.calibration.skeleton import Skeleton
+
+        self.plan, self.checkpoint, self.out, self.shards, self.journal = plan, checkpoint, out, shards, journal
+        self.calibration, self.device, self.progress = calibration, device, progress
+        self.recipe, self.chain = plan.recipe, plan.recipe.chain
+        self.samples, self.tokens = calibration.tokens.shape
+        self.skeleton: Skeleton = Skeleton(
+            checkpoint.source.config,
+            checkpoint.family,
+            folder=checkpoint.source.small_folder(),
+            device=device,
+            dtype=torch.float32,
+            trust_remote_code=calibration.trust_remote_code,
+        )
+        self.blocks: dict[str, Block] = {b.name: b for b in (*self.skeleton.blocks, self.skeleton.tail)}
+        self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.recipe.activation_dtype]
+        hidden = self.skeleton.hidden
+        needed = frontier_bytes(plan, hidden, self.samples, self.tokens)
+        self.in_memory = calibration.offload == "ram" or (calibration.offload == "auto" and needed < free_memory // 2)
+        self.shape = (int(self.samples), int(self.tokens), hidden)
+
+    def go(self, units: Sequence[Work], todo: Sequence[Work]) -> None:
+        for work in todo:
+            if work.name not in self.blocks:
+                raise PlanError(
+                    f"{work.name} is not among the blocks that transformers' {self.plan.family} runs "
+                    f"({', '.join(list(self.blocks)[:2])} ...). Choose an algorithm that looks at no data, such as "
+                    "opt-rtn."
+                )
+        names = [work.name for work in units]
+        streams = self._enter(names[0]) if len(todo) == len(units) else self._resume(todo[0].name)
+        after: dict[str, str | None] = dict(zip(names, [*names[1:], None], strict=True))
+        for work in todo:
+            streams = self._unit(work, streams, after[work.name])
+
+    def _enter(self, first: str) -> dict[str, Frontier]:
+        """The hidden states in front of the first block."""
+        weights = {name: self._float(self.checkpoint.tensor(name)) for name in self.skeleton.entry_tensors}
+        made = self._frontier(first, "quantized")
+        for samples in self._batches():
+            made.write(samples, self.skeleton.enter(self.calibration.tokens[list(samples)].to(self.device), weights))
+        made.save()
+        return {"quantized": made, "float": made}
+
+    def _resume(self, name: str) -> dict[str, Frontier]:
+        weights = {name: self._float(self.checkpoint.tensor(name)) for name in self.skeleton.entry_tensors}
+        for samples in list(self._batches())[:1] + list(self._batches())[-1:]:  # the arguments that blocks take
+            self.skeleton.enter(self.calibration.tokens[list(samples)].to(self.device), weights)
+        streams: dict[str, Frontier] = {}
+        for stream in ("quantized", "float"):
+            if stream == "float" and not self._path(name, stream).exists():
+                streams[stream] = streams["quantized"]  # one stream, or the first block, where both are the same
+                continue
+            streams[stream] = self._frontier(name, stream)
+            streams[stream].load()
+        return streams
+
+    def _unit(self, work: Work, streams: dict[str, Frontier], following: str | None) -> dict[str, Frontier]:
+        started = time.perf_counter()
+        block = self.blocks[work.name]
+        is_last = following is None
+        weights = self._weights(work, block)
+        behind: dict[str, Frontier] = {}
+        if self.chain.reads_float_stream and not is_last:
+            behind["float"] = self._frontier(following or "", "float")
+            self._advance(block, weights, streams["float"], behind["float"])
+        unit = self._make(work, block, weights, streams, behind)
+        notes: list[str] = []
+        for transform in self.chain.transforms:
+            transformed = transform.apply(unit)
+            unit = transformed.unit
+            notes += [f"{transform.name}: {name}: {text}" for name, text in transformed.notes.items()]
+        rounded = self.chain.algorithm.quantize(unit)
+        row = self._write(work, unit, weights, rounded, notes)
+        seconds = time.perf_counter() - started
+        if not is_last:
+            behind["quantized"] = self._frontier(following or "", "quantized")
+            decoded = dict(unit.weights)
+            del unit, weights
+            for layer in work.layers:
+                decoded[layer.tensor] = rounded.pop(layer.name).tensor.decode().to(self.device)
+            self._advance(block, decoded, streams["quantized"], behind["quantized"])
+            del decoded
+            behind.setdefault("float", behind["quantized"])
+            for frontier in set(behind.values()):
+                frontier.save()
+        self._commit(work, row)
+        for frontier in set(streams.values()):
+            frontier.close(delete=True)
+        self._log(row, seconds)
+        if self.progress is not None:
+            self.progress(work, row)
+        return behind
+
+    def _weights(self, work: Work, block: Block) -> dict[str, Tensor]:
+        """All tensors of a unit as float32, by name. Raises Demoted's cause, NumericsError, for what is not finite."""
+        weights: dict[str, Tensor] = {}
+        for layer in (*work.layers, *work.decodes):
+            weights[layer.tensor] = self._float(finite(layer, self.checkpoint.weights(layer)))
+        for copy in work.copies:
+            weights[copy.spec.name] = self._float(self.checkpoint.read_piece(copy.piece))
+        for name in block.tensors:
+            if name not in weights:
+                weights[name] = self._float(self.checkpoint.tensor(name))
+        return weights
+
+    def _make(
+        self,
+        work: Work,
+        block: Block,
+        weights: Mapping[str, Tensor],
+        streams: Mapping[str, Frontier],
+        behind: Mapping[str, Frontier],
+    ) -> Unit:
+        from roundel.calibration.activations import BlockActivations
+        from roundel.families.spaces import spaces_of
+
+        seen = {**streams, **({"target": behind["float"]} if "float" in behind else {})}
+        entering: BlockActivations = BlockActivations(
+            block=block,
+            own=weights,
+            layers=tuple(layer.name for layer in work.layers),
+            streams=seen,
+            samples=self.shape[0],
+            tokens=self.shape[1],
+            batch=self.recipe.batch_size,
+            device=self.device,
+            every_expert=self.recipe.calibrate_all_experts,
+            ticker=lambda done, text: self.calibration.tick(work.name, done, text),
+        )
+        spaces = (
+            spaces_of(self.checkpoint.family, work.name, {n: tuple(w.shape) for n, w in weights.items()}, self.config)
+            if self.chain.transforms and block is not self.skeleton.tail
+            else ()
+        )
+        return Unit(name=work.name, layers=work.layers, weights=weights, spaces=spaces, activations=entering)
+
+    @property
+    def config(self) -> Mapping[str, object]:
+        return self.checkpoint.source.config
+
+    def _write(
+        self,
+        work: Work,
+        unit: Unit,
+        weights: Mapping[str, Tensor],
+        rounded: dict[str, Rounded],
+        notes: Sequence[str],
+    ) -> Row:
+        """Pack every layer and put it to its place; what stays goes with its new numbers where a transform moved it."""
+        rows: list[Row] = []
+        for layer in work.layers:
+            result = sound(layer, unit.weight(layer), rounded[layer.name])
+            nbytes = [0] * len(self.shards)
+            for number, output in enumerate(self.plan.outputs):
+                for part, tensor in output.format.pack(layer, result.tensor).items():
+                    nbytes[number] += self._put(number, f"{layer.name}.{part}", as_bytes(tensor))
+            row = row_of(layer, result, errors_of(weights[layer.tensor], result.tensor))
+            rows.append(replace(row, nbytes=tuple(nbytes)))
+        kept = [0] * len(self.shards)
+        for number in range(len(self.shards)):
+            for layer in work.decodes:
+                kept[number] += self._put(number, layer.tensor, as_bytes(unit.weights[layer.tensor], layer.dtype))
+            for copy in work.copies:
+                name = copy.spec.name
+                moved = unit.weights[name] is not weights[name]
+                stored = unit.weights[name] if moved else self.checkpoint.read_piece(copy.piece)
+                kept[number] += self._put(number, name, as_bytes(stored, copy.spec.dtype if moved else None))
+        note = "; ".join(notes) or None
+        return Row(name=work.name, kind="unit", nbytes=tuple(kept), note=note, rows=tuple(rows))
+
+    def _put(self, number: int, name: str, data: memoryview) -> int:
+        self.shards[number][name].put(name, data)
+        return len(data)
+
+    def _advance(self, block: Block, weights: Mapping[str, Tensor], before: Frontier, behind: Frontier) -> None:
+        import torch
+
+        with torch.no_grad():
+            for samples in self._batches():
+                behind.write(samples, block.forward(before.read(samples).to(self.device), weights))
+
+    def _commit(self, work: Work, row: Row) -> None:
+        for by_tensor in self.shards:
+            for shard in {id(s): s for s in by_tensor.values()}.values():
+                shard.flush()
+        self.journal.commit([row.to_dict()])
+        for shard_name in work.shards:
+            if not any(shard_name in w.shards for w in self.plan.works if w.name not in self.journal.finished):
+                self.checkpoint.source.drop([shard_name])
+
+    def _log(self, row: Row, seconds: float) -> None:
+        """One line for each layer, with what differs between two runs: the time."""
+        with (self.out / LOG).open("a", encoding="utf-8") as file:
+            for layer in row.rows:
+                told = {k: v for k, v in layer.to_dict().items() if v is not None and k != "kind"}
+                told |= {"algorithm": self.recipe.algorithm, "unit": row.name, "unit_seconds": round(seconds, 2)}
+                file.write(json.dumps(told) + "\n")
+
+    def _frontier(self, name: str, stream: str) -> Frontier:
+        from roundel.calibration.activations import Frontier
+
+        return Frontier(self._path(name, stream), self.shape, self.dtype, in_memory=self.in_memory)
+
+    def _path(self, name: str, stream: str) -> Path:
+        return self.out / f"{name}.{stream}{FRONTIER}"
+
+    def _batches(self) -> Iterator[range]:
+        for start in range(0, int(self.samples), self.recipe.batch_size):
+            yield range(start, min(start + self.recipe.batch_size, int(self.samples)))
+
+    def _float(self, tensor: Tensor) -> Tensor:
+        return (tensor.float() if tensor.is_floating_point() else tensor).to(self.device)

@@ -1,0 +1,62 @@
+"""A matrix between float and file: is it finite, what did rounding cost, which bytes is it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from roundel.fusion import Errors, not_finite
+from roundel.unit import Layer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from roundel.algorithms import Rounded
+    from roundel.tensor import QuantizedTensor
+
+__all__ = ["as_bytes", "errors_of", "finite", "sound"]
+
+COMPARED = 1 << 20  # weights compared at a time
+
+
+def finite(layer: Layer, weight: Tensor) -> Tensor:
+    """The weight itself. Raises NumericsError naming its first value that is not finite."""
+    import torch
+
+    is_finite = torch.isfinite(weight)
+    if not bool(is_finite.all()):
+        row, column = (int(i) for i in (~is_finite).nonzero()[0])
+        raise not_finite(layer, row, column, float(weight[row, column]))
+    return weight
+
+
+def sound(layer: Layer, weight: Tensor, rounded: Rounded) -> Rounded:
+    """The result itself. Raises NumericsError when a scale left float16, naming the largest weight."""
+    import torch
+
+    from roundel.tensor import plain
+
+    if not bool(torch.isfinite(plain(rounded.tensor.scale)).all()):
+        row, column = divmod(int(weight.abs().argmax()), layer.shape[1])
+        raise not_finite(layer, row, column, float(weight[row, column]))
+    return rounded
+
+
+def errors_of(weight: Tensor, quantized: QuantizedTensor) -> Errors:
+    """What a matrix lost, in float64 sums."""
+    decoded, signal, noise = quantized.decode(), 0.0, 0.0
+    rows = max(1, COMPARED // weight.shape[1])
+    for start in range(0, weight.shape[0], rows):  # a slab at a time
+        exact = weight[start : start + rows].double()
+        signal += float(exact.square().sum())
+        noise += float(exact.sub_(decoded[start : start + rows]).square_().sum())
+    return Errors(signal, noise)
+
+
+def as_bytes(tensor: Tensor, dtype: str | None = None) -> memoryview:
+    """A tensor's bytes, in another dtype where one is given."""
+    import torch
+
+    from roundel.tensor import torch_dtype
+
+    found = tensor.to("cpu", torch_dtype(dtype) if dtype else tensor.dtype).contiguous().reshape(-1)
+    return found.view(torch.uint8).numpy().data
