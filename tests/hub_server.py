@@ -1,8 +1,9 @@
 """A small Hugging Face Hub on 127.0.0.1, for tests with the real client.
 
 Serves model info, the paged file tree, and files by range: small ones at `/{id}/resolve/{commit}/{file}`, safetensors
-behind a redirect to another origin, as the real Hub does with large-file storage. It can gate a model, cut connections,
-wait in mid-file, and ignore ranges; it records every request. Knows nothing of roundel.
+behind a redirect to another origin, as the real Hub does with large-file storage; and the same of datasets, whose ids
+begin with `datasets/` here. It can gate a model, cut connections, wait in mid-file, and ignore ranges; it records every
+request. Knows nothing of roundel.
 """
 
 from __future__ import annotations
@@ -138,13 +139,14 @@ class _Handler(BaseHTTPRequestHandler):
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         self.seen = Request(self.command, unquote(url.path), self.headers.get("Range"), token)
         self.hub.requests.append(self.seen)
+        kind, repo = r"/api/(?:models/|(?=datasets/))", r"((?:datasets/)?[^/]+/[^/]+)"
         if found := re.fullmatch(r"/cdn/(\w+)/(.+)", self.seen.path):
             self._blob(*found.groups())
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", self.seen.path):
+        elif found := re.fullmatch(rf"{kind}{repo}(?:/revision/(.+))?", self.seen.path):
             self._info(found[1], found[2] or "main")
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", self.seen.path):
+        elif found := re.fullmatch(rf"{kind}{repo}/tree/([^/]+)", self.seen.path):
             self._tree(found[1], found[2], int(parse_qs(url.query).get("cursor", ["0"])[0]))
-        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.seen.path):
+        elif found := re.fullmatch(rf"/{repo}/resolve/([^/]+)/(.+)", self.seen.path):
             self._resolve(*found.groups())
         else:
             self._refuse(404, "NotFound")
