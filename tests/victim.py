@@ -78,20 +78,29 @@ def _counted(count: list[int], number: int | None) -> dict[str, Callable[..., An
 
 
 def _serve() -> None:
+    import torch
+
     from roundel import pipeline, quantize
 
+    torch.set_num_threads(1)
     pipeline.FLUSH_BYTES = 1  # every piece of work is journaled at once
     real = {name: getattr(os, name) for name in CALLS}
     for line in sys.stdin:
         number, model, out, options = json.loads(line)
-        count, child = [0], 0 if number is None else os.fork()
-        if number is None or child == 0:
+        count, here, pipe = [0], number is None and "algorithm" not in options, os.pipe()
+        child = 0 if here else os.fork()  # what computes runs in a child always: threads do not survive a fork
+        if child == 0:
             vars(os).update(_counted(count, number))
             quantize(model, out, **options)
             vars(os).update(real)
-        if number is not None and child == 0:
+        if child == 0 and not here:
+            os.write(pipe[1], str(count[0]).encode())
             os._exit(0)
-        print(count[0] if number is None else os.waitpid(child, 0)[1], flush=True)
+        os.close(pipe[1])
+        status = 0 if here else os.waitpid(child, 0)[1]
+        counted = count[0] if here else int(os.read(pipe[0], 32) or 0)
+        os.close(pipe[0])
+        print(counted if number is None else status, flush=True)
 
 
 if __name__ == "__main__":

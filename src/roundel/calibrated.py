@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from roundel.checkpoint import Checkpoint
-from roundel.errors import PlanError
+from roundel.errors import NumericsError, PlanError
 from roundel.io.journal import Journal
 from roundel.io.safetensors import Shard
-from roundel.matrices import as_bytes, errors_of, finite, sound
+from roundel.io.source import LocalFiles
+from roundel.matrices import Demoted, as_bytes, errors_of, finite, sound
 from roundel.output import FRONTIER
 from roundel.planning import Plan, Work
 from roundel.report import LOG, Progress, Row, row_of
@@ -106,6 +107,7 @@ class _Units:
         self.skeleton: Skeleton = Skeleton(
             checkpoint.source.config,
             checkpoint.family,
+            checkpoint.tensor_names,
             folder=checkpoint.source.small_folder(),
             device=device,
             dtype=torch.float32,
@@ -126,11 +128,24 @@ class _Units:
                     f"({', '.join(list(self.blocks)[:2])} ...). Choose an algorithm that looks at no data, such as "
                     "opt-rtn."
                 )
+        if len(todo) == len(units) and isinstance(self.checkpoint.source.files, LocalFiles):
+            self._look_at_weights(todo)
         names = [work.name for work in units]
         streams = self._enter(names[0]) if len(todo) == len(units) else self._resume(todo[0].name)
         after: dict[str, str | None] = dict(zip(names, [*names[1:], None], strict=True))
         for work in todo:
             streams = self._unit(work, streams, after[work.name])
+
+    def _look_at_weights(self, todo: Sequence[Work]) -> None:
+        """Read all weights once: what cannot be rounded shows before hours are spent. Raises Demoted."""
+        bad: dict[str, str] = {}
+        for layer in (layer for work in todo for layer in work.layers):
+            try:
+                finite(layer, self.checkpoint.weights(layer))
+            except NumericsError as error:
+                bad[layer.name] = str(error)
+        if bad:
+            raise Demoted(bad)
 
     def _enter(self, first: str) -> dict[str, Frontier]:
         """The hidden states in front of the first block."""
@@ -192,7 +207,7 @@ class _Units:
         return behind
 
     def _weights(self, work: Work, block: Block) -> dict[str, Tensor]:
-        """All tensors of a unit as float32, by name. Raises Demoted's cause, NumericsError, for what is not finite."""
+        """All tensors of a unit as float32, by name. Raises NumericsError for weights that are not finite."""
         weights: dict[str, Tensor] = {}
         for layer in (*work.layers, *work.decodes):
             weights[layer.tensor] = self._float(finite(layer, self.checkpoint.weights(layer)))

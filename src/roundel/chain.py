@@ -113,7 +113,9 @@ def names_and_options(steps: object) -> tuple[str, dict[str, Value]]:
             name = str(getattr(type(step), "name"))  # noqa: B009
             names.append(name)
             options |= {
-                f"{name}.{f.name}": getattr(step, f.name) for f in fields(step) if getattr(step, f.name) != f.default
+                f"{name}.{f.name}": getattr(step, f.name)
+                for f in fields(step)  # type: ignore[arg-type]
+                if getattr(step, f.name) != f.default
             }
         else:
             raise RecipeError(

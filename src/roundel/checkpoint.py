@@ -124,6 +124,12 @@ class Checkpoint:
         assert self.reader is not None
         return self.reader.decode(self.unpack(layer))
 
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names that `tensor` knows: those of a written checkpoint in which nothing is packed."""
+        matrices = [m.name + ".weight" for m in self.matrices.values()]
+        return (*matrices, *(m.bias[0] for m in self.matrices.values() if m.bias is not None), *self.loose)
+
     def tensor(self, name: str) -> Tensor:
         """A tensor by the name it has in a written checkpoint: a matrix decoded and split, a bias, or a loose tensor.
 

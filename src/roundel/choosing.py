@@ -80,6 +80,7 @@ def layers_of(
         layer = matrix.layer(scheme)
         layers.append(layer)
         reasons = [
+            *((f"{step.name}", step.refuse(layer)) for step in recipe.chain.transforms),
             (f"algorithm {algorithm.name}", algorithm.refuse(layer)),
             *((f.name, f.refuse(layer)) for f in formats),
         ]

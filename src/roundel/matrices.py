@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from roundel.errors import NumericsError
 from roundel.fusion import Errors, not_finite
 from roundel.unit import Layer
 
@@ -13,9 +14,22 @@ if TYPE_CHECKING:
     from roundel.algorithms import Rounded
     from roundel.tensor import QuantizedTensor
 
-__all__ = ["as_bytes", "errors_of", "finite", "sound"]
+__all__ = ["Demoted", "as_bytes", "errors_of", "finite", "sound"]
 
 COMPARED = 1 << 20  # weights compared at a time
+
+
+class Demoted(NumericsError):
+    """Layers that cannot be rounded. The plan must be made anew with them kept: layer name -> why."""
+
+    def __init__(self, layers: dict[str, str]) -> None:
+        self.layers = layers
+        more = (
+            f" ({len(layers) - 1} more layers have such weights: {', '.join(list(layers)[1:6])})"
+            if len(layers) > 1
+            else ""
+        )
+        super().__init__(next(iter(layers.values())) + more)
 
 
 def finite(layer: Layer, weight: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from roundel.errors import NumericsError
 from roundel.fusion import fuses, round_and_pack
 from roundel.io.journal import Journal
 from roundel.io.safetensors import Shard
-from roundel.matrices import as_bytes, errors_of, finite, sound
+from roundel.matrices import Demoted, as_bytes, errors_of, finite, sound
 from roundel.output import clear, finish, is_intact, open_shards
 from roundel.planning import Copy, Plan, Work
 from roundel.report import Progress, Report, Row, row_of
@@ -37,19 +37,6 @@ __all__ = ["Demoted", "default_workers", "run"]
 
 FLUSH_BYTES = 32 << 20  # flushed and journaled at least this often, or after FLUSH_SECONDS
 FLUSH_SECONDS = 1.0
-
-
-class Demoted(NumericsError):
-    """Layers that cannot be rounded. The plan must be made anew with them kept: layer name -> why."""
-
-    def __init__(self, layers: dict[str, str]) -> None:
-        self.layers = layers
-        more = (
-            f" ({len(layers) - 1} more layers have such weights: {', '.join(list(layers)[1:6])})"
-            if len(layers) > 1
-            else ""
-        )
-        super().__init__(next(iter(layers.values())) + more)
 
 
 def default_workers(plan: Plan, device: str = "cpu") -> int:

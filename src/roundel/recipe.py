@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 
-from roundel.chain import Chain, Value, make_chain, names_and_options
+from roundel.chain import Chain, Value, known_options, make_chain, names_and_options
 from roundel.errors import RecipeError, nearest
 from roundel.formats import format_named
 from roundel.scheme import MIXES, Mix, Scheme
@@ -157,7 +157,8 @@ class Recipe:
         for key in values:
             if key not in known:
                 raise RecipeError(
-                    f"A recipe has no field {key!r}.{nearest(key, known)} Fields are {', '.join(sorted(known))}."
+                    f"A recipe has no field {key!r}.{nearest(key, (*known, *known_options()))} Fields are "
+                    f"{', '.join(sorted(known))}."
                 )
         clean = dict(values)
         if "algorithm" in clean and not isinstance(clean["algorithm"], str):

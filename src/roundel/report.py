@@ -151,6 +151,8 @@ class Report:
             "revision": plan.source_revision,
             "family": plan.family,
             "format": plan.outputs[output].format.name,
+            "algorithm": plan.recipe.algorithm,
+            "transforms": [step.name for step in plan.recipe.chain.transforms],
             "bits_per_weight": round(plan.bits_per_weight, 4),
             "bytes": plan.outputs[output].nbytes,
             "source_bytes": plan.source_bytes,

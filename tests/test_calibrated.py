@@ -1,0 +1,199 @@
+"""The loop over decoder blocks: what travels, what is resumed, what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import roundel
+from models.pico import build
+from models.raw import hashes, plant
+from roundel.algorithms import ALGORITHMS
+from roundel.checkpoint import open_checkpoint
+from roundel.errors import NumericsError, PlanChanged, RecipeError
+from roundel.report import LOG
+from roundel.transforms import TRANSFORMS
+from roundel.verification import verify
+from victim import Victims
+
+CHAINS = {  # with the fewest steps that still make every part of them run
+    "opt-rtn": {"imatrix": True},
+    "gptq": {},
+    "signround": {"iters": 3},
+    "awq,rtn": {"n_grid": 3},
+    "smoothquant,gptq": {},
+    "teq,opt-rtn": {"steps": 3},
+}
+SAMPLES, TOKENS = 6, 32
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of token ids."""
+    path = tmp_path_factory.mktemp("data") / "tokens.jsonl"
+    ids = torch.randint(0, 60, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(1)).tolist()
+    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
+    return path
+
+
+@pytest.fixture(scope="module")
+def victims() -> Iterator[Victims]:
+    served = Victims()
+    yield served
+    served.close()
+
+
+def options(chain: str, data: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "algorithm": chain,
+        "dataset": str(data),
+        "nsamples": SAMPLES,
+        "seqlen": TOKENS,
+        "batch_size": 4,
+        "scheme": "W4A16G32",
+        **CHAINS[chain],
+        **more,
+    }
+
+
+def test_every_step_is_tried_here() -> None:
+    named = {name for chain in CHAINS for name in chain.split(",")}
+    assert named >= {a.name for a in ALGORITHMS.values() if a.reads_activations} | set(TRANSFORMS)
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+def test_each_chain_writes_a_sound_checkpoint(chain: str, model_type: str, data: Path, tmp_path: Path) -> None:
+    model = build(model_type, tmp_path / "model", shards=2)
+    report = roundel.quantize(model, tmp_path / "out", quant_lm_head=True, **options(chain, data))
+    assert verify(tmp_path / "out").problems == ()
+    rounded = {row.name: row for row in report.rounded}
+    assert rounded.keys() == {layer.name for layer in report.plan.layers} and "lm_head" in rounded
+    compared = [row for row in report.rounded if row.error is not None and row.baseline is not None]
+    assert all(row.error <= row.baseline * (1 + 1e-6) for row in compared if row.error and row.baseline)
+    logged = [json.loads(line) for line in (tmp_path / "out" / LOG).read_text().splitlines()]
+    assert {line["name"] for line in logged} == rounded.keys() and all("unit_seconds" in line for line in logged)
+    assert not list((tmp_path / "out").glob("*.frontier"))
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_killed_and_continued(chain: str, data: Path, tmp_path: Path, victims: Victims) -> None:
+    model = build("llama", tmp_path / "model", shards=2)
+    wish = options(chain, data, quant_lm_head=True)
+    calls = victims.calls(model, tmp_path / "fresh", **wish)
+    fresh = hashes(tmp_path / "fresh")
+    assert calls > 60
+    for number in range(calls // 7, calls, calls // 5):
+        out = tmp_path / f"out{number}"
+        assert victims.killed_at(number, model, out, **wish)
+        assert not (out / "config.json").exists()
+        assert not victims.killed_at(10**6, model, out, **wish)
+        assert hashes(out) == fresh, number
+
+
+def test_killed_before_any_call_that_changes_the_disk(data: Path, tmp_path: Path, victims: Victims) -> None:
+    model = build("llama", tmp_path / "model")
+    wish = options("signround", data, iters=1, offload="disk", format="auto_round,auto_gptq")
+    calls = victims.calls(model, tmp_path / "fresh", **wish)
+    fresh = hashes(tmp_path / "fresh")
+    for number in range(5, calls, 13):
+        out = tmp_path / f"out{number}"
+        victims.killed_at(number, model, out, **wish)
+        assert not victims.killed_at(10**6, model, out, **wish)
+        assert hashes(out) == fresh, number
+
+
+def test_where_activations_lie_makes_no_difference(data: Path, tmp_path: Path) -> None:
+    model = build("llama", tmp_path / "model")
+    for offload in ("ram", "disk"):
+        roundel.quantize(model, tmp_path / offload, offload=offload, **options("signround", data))
+    assert hashes(tmp_path / "ram") == hashes(tmp_path / "disk")
+
+
+def test_bfloat16_activations_are_an_option(data: Path, tmp_path: Path) -> None:
+    model = build("llama", tmp_path / "model")
+    for dtype in ("float32", "bfloat16"):
+        roundel.quantize(model, tmp_path / dtype, **options("gptq", data, activation_dtype=dtype))
+    assert verify(tmp_path / "bfloat16").problems == ()
+    one, other = hashes(tmp_path / "float32"), hashes(tmp_path / "bfloat16")
+    assert one["model.safetensors"] != other["model.safetensors"]
+
+
+def test_the_recipe_that_is_saved_makes_the_same_bytes(data: Path, tmp_path: Path) -> None:
+    model = build("llama", tmp_path / "model")
+    roundel.quantize(model, tmp_path / "one", **options("awq,rtn", data))
+    recipe = roundel.Recipe.load(tmp_path / "one" / "recipe.json")
+    assert recipe.options == {"n_grid": 3} and recipe.algorithm == "awq,rtn"
+    roundel.quantize(model, tmp_path / "two", recipe=recipe)
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+
+
+def test_other_calibration_text_is_another_plan(data: Path, tmp_path: Path, victims: Victims) -> None:
+    model, wish = build("llama", tmp_path / "model"), options("gptq", data)
+    assert victims.killed_at(victims.calls(model, tmp_path / "fresh", **wish) // 2, model, tmp_path / "out", **wish)
+    rows = [json.dumps({"input_ids": [1] * 16 + list(range(i, i + 16))}) for i in range(SAMPLES)]
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(rows))
+    with pytest.raises(PlanChanged, match="calibration"):
+        roundel.quantize(model, tmp_path / "out", **{**wish, "dataset": str(other)})
+
+
+def test_a_live_model_and_lists_of_tokens(data: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = build("llama", tmp_path / "model")
+    rows = [json.loads(line)["input_ids"] for line in data.read_text().splitlines()]
+    live = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    wish = {**options("gptq", data), "dataset": rows}
+    roundel.quantize(live, tmp_path / "live", **wish)
+    roundel.quantize(folder, tmp_path / "folder", **wish)
+    one, other = open_checkpoint(tmp_path / "live"), open_checkpoint(tmp_path / "folder")
+    for name in other.layers:
+        assert torch.equal(one.decode(name), other.decode(name))
+    one.close()
+    other.close()
+
+
+def test_an_instance_is_an_algorithm_too(data: Path, tmp_path: Path) -> None:
+    from roundel.algorithms import Gptq
+
+    model, wish = build("llama", tmp_path / "model"), options("gptq", data)
+    roundel.quantize(model, tmp_path / "one", **{**wish, "algorithm": [TRANSFORMS["smoothquant"], Gptq(damping=0.05)]})
+    assert roundel.Recipe.load(tmp_path / "one" / "recipe.json").options == {"gptq.damping": 0.05}
+    roundel.quantize(model, tmp_path / "two", **{**wish, "algorithm": "smoothquant,gptq", "damping": 0.05})
+    assert hashes(tmp_path / "one")["model.safetensors"] == hashes(tmp_path / "two")["model.safetensors"]
+
+
+def test_weights_that_are_not_finite_are_found_before_any_block_is_done(data: Path, tmp_path: Path) -> None:
+    model = build("llama", tmp_path / "model")
+    plant(model, "model.layers.1.mlp.up_proj.weight", 5, float("nan"))
+    with pytest.raises(NumericsError, match=r"layers\.1\.mlp\.up_proj"):
+        roundel.quantize(model, tmp_path / "strict", strict=True, **options("gptq", data))
+    with pytest.raises(NumericsError, match="not finite"):  # what is kept is still run
+        roundel.quantize(model, tmp_path / "out", **options("gptq", data))
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"algorithm": "gtpq"}, "Did you mean 'gptq'"),
+        ({"algorithm": "gptq,awq"}, "gptq chooses codes, so it stands last"),
+        ({"algorithm": "awq,awq,gptq"}, "names one step twice"),
+        ({"algorithm": "gptq", "iters": 5}, "iters is an option of"),
+        ({"algorithm": "gptq", "dampin": 5}, "no field 'dampin'"),
+        ({"algorithm": "gptq", "damping": "much"}, "damping='much' is not possible"),
+        ({"algorithm": "gptq", "nsamples": 0}, "nsamples=0"),
+        ({"algorithm": "rtn", "calibrate_all_experts": True}, "looks at no data"),
+        ({"algorithm": "gptq", "activation_dtype": "float8"}, "float32 or bfloat16"),
+    ],
+)
+def test_wishes_without_sense(wish: dict[str, Any], message: str, tmp_path: Path) -> None:
+    model = build("llama", tmp_path / "model")
+    with pytest.raises(RecipeError, match=message):
+        roundel.quantize(model, tmp_path / "out", **wish)
+    assert not (tmp_path / "out").exists()
