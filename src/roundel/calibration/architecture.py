@@ -1,0 +1,181 @@
+"""The model class of a checkpoint, without numbers: transformers' own, or the checkpoint's where that is allowed.
+
+Parameters are on torch's meta device. Buffers that no checkpoint holds (rotary frequencies, embedding scales) are real:
+transformers computes them again after loading, and the same call (`PreTrainedModel.initialize_weights`) does so here.
+Code that ships inside a checkpoint seldom has that call's rules, so its buffers are computed while it is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from roundel.errors import PlanError
+
+__all__ = ["empty_model", "fill_buffers", "quiet"]
+
+UNLIKE_LOADING = ("quantization_config", "torch_dtype", "dtype")  # settings of a stored file, not of the class
+COUNTING = (torch.arange, torch.tensor, torch.as_tensor, torch.linspace, torch.logspace)
+WRONG: tuple[type[Exception], ...] = (
+    *(AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError),
+    StrictDataclassError,
+)  # what a class of transformers, or of a checkpoint, raises when it is given what it was not made for
+
+
+def empty_model(
+    config: Mapping[str, object], folder: Path | None, dtype: torch.dtype, *, trust_remote_code: bool
+) -> nn.Module:
+    """The causal language model that config.json describes, in evaluation mode, its tensors on the meta device.
+
+    folder   where the checkpoint's own code lies, which is run only if transformers does not know the model type
+    Raises PlanError, with the model type, when transformers has no class for it, when its code may not be run, and when
+    the class refuses the config.
+    """
+    settings = {key: value for key, value in config.items() if key not in UNLIKE_LOADING}
+    with quiet():
+        try:
+            kind, made = _native(settings) or _shipped(settings, folder, trust_remote_code)
+            with torch.device("meta"), _Counted(not kind.__module__.startswith("transformers.models.")):
+                model: nn.Module = kind._from_config(made, dtype=dtype)
+        except WRONG as error:
+            raise PlanError(
+                f"transformers cannot build a {config.get('model_type')!r} model of this config.json "
+                f"({type(error).__name__}: {error}). Install the transformers release it was made for, or choose an "
+                "algorithm that looks at no data, such as opt-rtn."
+            ) from error
+    for name, parameter in list(model.named_parameters()):
+        if not parameter.is_meta:
+            _put(model, name, nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad))
+    return model.eval()
+
+
+def fill_buffers(model: nn.Module, stored: Collection[str], device: str) -> None:
+    """Give every buffer that is not among `stored` its numbers, on `device`, as transformers does after loading.
+
+    Raises PlanError for a buffer whose numbers nothing computes.
+    """
+    own = [name for name, _ in model.named_buffers() if name not in stored]
+    blank = [name for name in own if model.get_buffer(name).is_meta]
+    for name in blank:
+        buffer = model.get_buffer(name)
+        _put(model, name, torch.full(buffer.shape, _nothing(buffer.dtype), dtype=buffer.dtype))
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_meta:
+            setattr(tensor, "_is_hf_initialized", True)  # noqa: B010 - what transformers sets on loaded tensors
+    with quiet():
+        initialize: Callable[[], None] = model.initialize_weights  # type: ignore[assignment]
+        initialize()
+    for name in own:
+        buffer = model.get_buffer(name)
+        if name in blank and _is_blank(buffer):
+            raise PlanError(
+                f"{type(model).__name__} computes the buffer {name} in a way that only a loaded model has. Choose an "
+                "algorithm that looks at no data, such as opt-rtn."
+            )
+        _put(model, name, buffer.to(device))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without warnings, for the time of a block."""
+    import transformers
+
+    logging: Any = transformers.logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+class _Counted(TorchFunctionMode):
+    """Tensors that count (0, 1, 2 ...) or spell out numbers are real, on a device context that makes none."""
+
+    def __init__(self, active: bool) -> None:
+        super().__init__()
+        self.active = active
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        if self.active and func in COUNTING and named.get("device") is None:
+            named["device"] = "cpu"
+        return func(*args, **named)
+
+
+def _native(settings: Mapping[str, Any]) -> tuple[Any, Any] | None:
+    """transformers' class and config for a model type it knows."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = settings.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        return None
+    config = CONFIG_MAPPING[model_type].from_dict(settings)
+    for name in settings.get("architectures") or ():
+        if name.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")) and hasattr(transformers, name):
+            return getattr(transformers, name), config
+    for classes in (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    ):
+        if type(config) in classes:
+            return classes[type(config)], config
+    raise ValueError("it has no class for language modelling")
+
+
+def _shipped(settings: Mapping[str, Any], folder: Path | None, trust_remote_code: bool) -> tuple[Any, Any]:
+    """The class and config that the checkpoint's own code defines."""
+    import transformers
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    model_type, shipped = settings.get("model_type"), settings.get("auto_map")
+    if not isinstance(shipped, Mapping):
+        raise PlanError(
+            f"transformers {transformers.__version__} does not know the model type {model_type!r}, so its blocks "
+            "cannot be run. Install a release that knows it, or choose an algorithm that looks at no data, such as "
+            "opt-rtn."
+        )
+    if not trust_remote_code:
+        raise PlanError(
+            f"The model type {model_type!r} needs code that ships inside the checkpoint ({', '.join(shipped.values())})"
+            ", which would run on this machine. Read it, then pass --trust-remote-code; or choose an algorithm that "
+            "looks at no data, such as opt-rtn."
+        )
+    if folder is None or "AutoConfig" not in shipped or "AutoModelForCausalLM" not in shipped:
+        raise PlanError(
+            f"The code of the model type {model_type!r} cannot be found: auto_map of config.json must name an "
+            "AutoConfig and an AutoModelForCausalLM that lie beside it. Fetch the checkpoint again, with its .py files."
+        )
+    config_class = get_class_from_dynamic_module(shipped["AutoConfig"], str(folder))
+    model_class = get_class_from_dynamic_module(shipped["AutoModelForCausalLM"], str(folder))
+    return model_class, config_class.from_dict(dict(settings))
+
+
+def _put(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    path, _, last = name.rpartition(".")
+    setattr(model.get_submodule(path), last, tensor)
+
+
+def _nothing(dtype: torch.dtype) -> float | int | bool:
+    """A value that no computed buffer has."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    return False if dtype == torch.bool else torch.iinfo(dtype).min
+
+
+def _is_blank(buffer: torch.Tensor) -> bool:
+    if buffer.dtype == torch.bool or not buffer.numel():
+        return False
+    nothing = _nothing(buffer.dtype)
+    return bool((buffer != buffer).any() if nothing != nothing else (buffer == nothing).any())

@@ -1,0 +1,230 @@
+"""A decoder block, or the model's end, as a function of its weights.
+
+The module holds no numbers: weights are arguments of `torch.func.functional_call`. All names are the checkpoint's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from roundel.calibration.experts import experts_and_inputs, experts_prefix
+from roundel.unit import Call
+
+__all__ = ["Block"]
+
+See = Callable[[str, Tensor], None]
+Run = Callable[[Mapping[str, Tensor], Tensor], Tensor]
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose rest nobody needs."""
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What a block's modules are called in the checkpoint and in the model.
+
+    parameters   parameter or buffer of the module -> tensor of the checkpoint
+    paths        module of the checkpoint -> path in the module; the block itself is ""
+    matrices     modules of the checkpoint whose weight is a matrix
+    """
+
+    parameters: Mapping[str, str]
+    paths: Mapping[str, str]
+    matrices: tuple[str, ...]
+
+
+class Block:
+    """A decoder block, or final norm and head, whose weights are given with each call.
+
+    name      its module name in the checkpoint ("model.layers.0"); for the model's end, the head's
+    tensors   names of all its tensors
+    modules   names of its matrices, routers among them
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, parameters: Mapping[str, str], run: Run, repeated: Collection[str] = ()
+    ) -> None:
+        """
+        parameters   parameter of `module` -> tensor of the checkpoint
+        run          (numbers by parameter of `module`, x) -> output
+        repeated     paths of submodules that a forward pass calls more than once
+        """
+        self.name = name
+        self._module, self._run, self._repeated = module, run, frozenset(repeated)
+        self._names = _names(name, module, parameters)
+        self.tensors = tuple(parameters.values())
+        self.modules = self._names.matrices
+
+    def forward(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """The output on x [samples, tokens, hidden]. Differentiable in x and in weights.
+
+        An expert that no token is routed to takes no part: its weights get no gradient.
+        """
+        return self._run(self._numbers(weights), x)
+
+    def observe(
+        self,
+        x: Tensor,
+        weights: Mapping[str, Tensor],
+        see: See,
+        modules: Collection[str],
+        every_expert: bool = False,
+    ) -> None:
+        """Run x [samples, tokens, hidden]; call see(module, inputs [tokens, in]) for what enters each of `modules`.
+
+        every_expert   experts are shown all tokens, not those routed to them; what the block computes is the same
+        A module that no token reaches is not seen. The pass ends early once all are.
+        """
+        looking = _Looking({self.path(m): m for m in modules}, see, self._repeated)
+        with torch.no_grad(), looking.hooks(self._module, every_expert):
+            try:
+                if modules:
+                    self._run(self._numbers(weights), x)
+            except _Enough:
+                pass
+
+    def calls(self, x: Tensor, weights: Mapping[str, Tensor], module: str) -> Call:
+        """What enters a module: a matrix, what holds it, or the block itself.
+
+        An expert's matrix that no token reaches is entered by a tensor of no rows. Raises LookupError for any other
+        module that is not called.
+        """
+        path, caught = self.path(module), []
+        if path == "":
+            return Call(module=module, arguments=(x,), named={})
+
+        def catch(_: nn.Module, arguments: tuple[object, ...], named: dict[str, object]) -> None:
+            caught.append(Call(module=module, arguments=arguments, named=named))
+            raise _Enough
+
+        inner = self._module.get_submodule(path)
+        hook = inner.register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                self._run(self._numbers(weights), x)
+        except _Enough:
+            return caught[0]
+        finally:
+            hook.remove()
+        if module in self.modules:
+            width = weights[f"{module}.weight"].shape[1]
+            return Call(module=module, arguments=(x.new_empty(0, width),), named={})
+        raise LookupError(f"{module} is not called by {self.name}")
+
+    def call(self, call: Call, weights: Mapping[str, Tensor]) -> Tensor:
+        """A module's output (the first, where there are several) on what entered it, with these weights."""
+        path = self.path(call.module)
+        if path == "":
+            (x,) = call.arguments
+            assert isinstance(x, Tensor)
+            return self.forward(x, weights)
+        numbers = {
+            name[len(path) + 1 :]: weights[tensor]
+            for name, tensor in self._names.parameters.items()
+            if name.startswith(path + ".")
+        }
+        output = functional_call(
+            self._module.get_submodule(path), numbers, call.arguments, dict(call.named), tie_weights=False
+        )
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def path(self, module: str) -> str:
+        """Where a module of the checkpoint is in the block. Raises LookupError when it is not."""
+        if module in self._names.paths:
+            return self._names.paths[module]
+        raise LookupError(f"{module} is no module of {self.name}")
+
+    def _numbers(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: weights[tensor] for name, tensor in self._names.parameters.items()}
+
+
+class _Looking:
+    """Hooks that show what enters modules, and end the pass when all have been seen.
+
+    asked   path in the block -> the name to show it under
+    """
+
+    def __init__(self, asked: Mapping[str, str], see: See, repeated: Collection[str]) -> None:
+        self.asked, self.see = asked, see
+        self.missing = set(asked)
+        self.never_enough = any(path in repeated for path in asked)
+        self.by_themselves: set[str] = set()  # experts' matrices, which are shown all tokens in a pass of their own
+        self.alone = False
+
+    @contextmanager
+    def hooks(self, root: nn.Module, every_expert: bool) -> Iterator[None]:
+        handles = [
+            root.get_submodule(path).register_forward_pre_hook(self._matrix(path), with_kwargs=True)
+            for path in self.asked
+        ]
+        for path, module in root.named_modules():
+            prefix = experts_prefix(path, module)
+            inside = {p for p in self.asked if prefix is not None and p.startswith(prefix)}
+            if inside and every_expert:
+                assert prefix is not None
+                self.by_themselves |= inside
+                numbers = {int(p.removeprefix(prefix).partition(".")[0]) for p in inside}
+                handles.append(module.register_forward_pre_hook(self._all_tokens(numbers, inside), with_kwargs=True))
+            if inside:
+                handles.append(module.register_forward_hook(self._after(inside)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _matrix(self, path: str) -> Callable[..., None]:
+        def show(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            if path in self.by_themselves and not self.alone:
+                return
+            x = arguments[0] if arguments else next(iter(named.values()))
+            self.see(self.asked[path], x.detach().reshape(-1, x.shape[-1]))
+            self._done({path})
+
+        return show
+
+    def _all_tokens(self, numbers: set[int], inside: set[str]) -> Callable[..., None]:
+        def show(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            self.alone = True
+            for number, (expert, x) in enumerate(experts_and_inputs(module, (*arguments, *named.values()))):
+                if number in numbers:
+                    expert(x)
+            self.alone = False
+            self._done(inside)
+
+        return show
+
+    def _after(self, inside: set[str]) -> Callable[..., None]:
+        return lambda *_: self._done(inside)
+
+    def _done(self, paths: set[str]) -> None:
+        self.missing -= paths
+        if not self.missing and not self.alone and not self.never_enough:
+            raise _Enough
+
+
+def _names(name: str, module: nn.Module, parameters: Mapping[str, str]) -> _Names:
+    """Modules by both names. Where they are nested alike, what holds a matrix has both names too."""
+    paths: dict[str, str] = {}
+    matrices: list[str] = []
+    for parameter, tensor in parameters.items():
+        path, _, part = parameter.rpartition(".")
+        stored = tensor.rpartition(".")[0]
+        paths[stored] = path
+        if part == "weight" and len(module.get_parameter(parameter).shape) == 2:
+            matrices.append(stored)
+        inside, outside = path.split("."), stored.removeprefix(name + ".").split(".")
+        if stored.startswith(name + ".") and len(inside) == len(outside):
+            for depth in range(1, len(inside)):
+                paths.setdefault(".".join((name, *outside[:depth])), ".".join(inside[:depth]))
+    paths.setdefault(name, "")
+    return _Names(parameters, paths, tuple(matrices))
