@@ -148,14 +148,6 @@ class Checkpoint:
         return self.read_piece(Piece(tensor=name))
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Names of all tensors as they are written: packed layers as one `.weight`, experts split. See `tensor`."""
-        matrices = self.matrices.values()
-        weights = [f"{matrix.name}.weight" for matrix in matrices]
-        biases = [matrix.bias[0] for matrix in matrices if matrix.bias is not None]
-        return (*weights, *biases, *self.loose)
-
-    @property
     def layers(self) -> dict[str, Layer]:
         """The layers that are stored quantized, by module name."""
         return {m.name: m.layer() for m in self.matrices.values() if m.stored.format != "plain"}

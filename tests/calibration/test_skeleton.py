@@ -59,7 +59,7 @@ def make_case(model_type: str, folder: Path) -> Case:
     loader: Any = transformers.AutoModelForImageTextToText if images else transformers.AutoModelForCausalLM
     transformers.logging.disable_progress_bar()
     model = loader.from_pretrained(folder, dtype=torch.float32).eval()
-    skeleton = Skeleton(checkpoint.source.config, checkpoint.family, checkpoint.names)
+    skeleton = Skeleton(checkpoint.source.config, checkpoint.family, checkpoint.tensor_names)
     return Case(checkpoint, model, skeleton, {name: checkpoint.tensor(name).float() for name in needed(skeleton)})
 
 

@@ -42,6 +42,16 @@ class Heard:
         """Call a block so, with other states and with these parameters."""
         return functional_call(block, dict(numbers), (states, *self.others), dict(self.named), tie_weights=False)
 
+    @property
+    def has_passed(self) -> bool:
+        return any(value is PASSED for _, value in self.everything())
+
+    def without_passed(self) -> Heard:
+        """The same with None where something was PASSED."""
+        others = tuple(None if value is PASSED else value for value in self.others)
+        named = {name: None if value is PASSED else value for name, value in self.named.items()}
+        return Heard(states=self.states, others=others, named=named)
+
     def everything(self) -> Iterator[tuple[str, object]]:
         """The arguments beside the hidden states, positional ones by their place."""
         yield from ((str(place), value) for place, value in enumerate(self.others, 1))
@@ -53,14 +63,16 @@ class Kind:
     """What is common to blocks of the same structure, found out by running one of them on zeros.
 
     outputs    0 if a block returns a tensor, else how many things it returns, the hidden states first
+    deaf       whether it is known to make nothing of what the block before hands on beside hidden states
     repeated   submodules that it calls more than once
     """
 
     outputs: int | None = None
+    deaf: bool = False
     repeated: frozenset[str] = frozenset()
 
     def learn(self, block: nn.Module, heard: Heard) -> None:
-        """Run a block on what it was called with. Raises PlanError when it fails without what was PASSED to it."""
+        """Run a block on what it was called with. Raises PlanError when it cannot be run, or looks at what is PASSED."""
         assert heard.states is not None
         counts: dict[str, int] = {}
         try:
@@ -72,6 +84,7 @@ class Kind:
                 "algorithm that looks at no data, such as opt-rtn."
             ) from error
         self.outputs = len(output) if isinstance(output, tuple) else 0
+        self.deaf = heard.has_passed
         self.repeated = frozenset(path for path, count in counts.items() if count > 1)
 
 
@@ -117,11 +130,10 @@ class Recorder(nn.Module):
     def forward(self, *arguments: Any, **named: Any) -> Any:
         if not arguments:
             arguments = (named.pop("hidden_states"),)
-        named = {name: None if value is PASSED else value for name, value in named.items()}
-        others = tuple(None if value is PASSED else value for value in arguments[1:])
-        self.heard = Heard(states=arguments[0], others=others, named=named)
-        if self.kind.outputs is None:
-            self.kind.learn(self.block, self.heard)
+        heard = Heard(states=arguments[0], others=arguments[1:], named=named)
+        if self.kind.outputs is None or (heard.has_passed and not self.kind.deaf):
+            self.kind.learn(self.block, heard)
+        self.heard = heard.without_passed()
         if self.stops:
             raise Stop
         if self.watch is not None:
