@@ -101,10 +101,16 @@ class Writer:
     """A tensor that writes a space's channels, one along its first axis: a norm's weight, a layer's rows, a bias.
 
     offset   what the module adds to the stored numbers before it uses them: 1.0 for norms that scale by 1 + weight
+    start    the row that writes the first channel: values stand behind queries and keys in a fused matrix
+    run, step   channels stand in runs of `run` rows, each beginning `step` rows after the one before (the values of
+             latent attention); 0 where all stand together
     """
 
     tensor: str
     offset: float = 0.0
+    start: int = 0
+    run: int = 0
+    step: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

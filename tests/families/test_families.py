@@ -53,6 +53,7 @@ KEPT: dict[str, dict[str, list[str]]] = {
     "glm4": LLAMA,
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
+    "cohere": GEMMA,
     "opt": {EMBEDDING: ["model.decoder.embed_tokens", "model.decoder.embed_positions"]},
     "gpt2": {EMBEDDING: ["transformer.wte", "transformer.wpe"], CONV1D: ["transformer.h.[01].*.c_*"]},
     "qwen2_moe": QWEN_MOE_SHARED,

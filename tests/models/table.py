@@ -32,6 +32,7 @@ BASE: Config = {
     "tie_word_embeddings": False,
 }
 GEMMA: Config = BASE | {"tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh", "sliding_window": 64}
+COHERE: Config = BASE | {"tie_word_embeddings": True, "layer_norm_eps": 1e-5, "logit_scale": 0.25}
 QWEN_MOE: Config = BASE | {
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -204,6 +205,7 @@ PICO: dict[str, Pico] = {
     "qwen3": _plain("Qwen3", layout.attention_normed, layout.mlp, BASE),
     "gemma2": _plain("Gemma2", layout.attention, layout.mlp, GEMMA, norms=layout.GEMMA_NORMS),
     "gemma3_text": _plain("Gemma3", layout.attention_normed, layout.mlp, GEMMA, norms=layout.GEMMA_NORMS),
+    "cohere": _plain("Cohere", layout.attention, layout.mlp, COHERE, norms=layout.TWO_NORMS[:1]),
     "phi3": _plain("Phi3", layout.attention_fused, layout.mlp_fused, BASE),
     "glm4": _plain(
         "Glm4", layout.attention, layout.mlp_fused, BASE | {"attention_bias": False}, norms=layout.GLM_NORMS

@@ -22,7 +22,7 @@ __all__ = [
     "text_config",
 ]
 
-_NOT_FAMILIES = {"family", "generic"}
+_NOT_FAMILIES = {"family", "generic", "spaces"}
 _INDEX = re.compile(r"\.\d+\b")
 
 

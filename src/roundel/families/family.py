@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Family", "FusedExperts", "Keep"]
+__all__ = ["Family", "FusedExperts", "Keep", "SpaceRule"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,30 @@ class FusedExperts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpaceRule:
+    r"""Which module of a decoder block writes a space's channels, and which matrices read them.
+
+    writers    regular expressions for module names below the block, alternatives: the first that matches any is taken
+    readers    regular expression for module names below the block; {scope} stands for the writer's group `scope`
+    kind       how the writer's rows and the readers' columns belong together:
+               "norm"    row c is channel c; readers have them once, or once for each head
+               "inner"   of a gated MLP: the writer's last rows (up_proj; the second half of gate_up_proj)
+               "values"  of attention: the writer's last rows (v_proj; the end of qkv_proj), heads repeated for readers
+               "latent"  values of latent attention: the end of each head's rows
+    beside     a module that must stand beside the writer, with {scope}; without it there is no such space
+    offset     what the writer adds to its weight; None: a norm adds the family's `norm_offset`, a layer nothing
+    activation what config.json must say of the MLP's activation ("relu"); None: anything
+    """
+
+    writers: tuple[str, ...]
+    readers: str
+    kind: Literal["norm", "inner", "values", "latent"]
+    beside: str | None = None
+    offset: float | None = None
+    activation: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """One family of models.
 
@@ -58,6 +82,8 @@ class Family:
     head            module name of the output head
     embedding       tensor name of the token embedding, from which a tied head is read
     transposed      module names whose 2-D weight is stored [in, out] (GPT-2's Conv1D); such layers stay
+    spaces          where channels may be rescaled; None: the general rules, `generic.SPACES`
+    norm_offset     what norms add to their weights before they use them: 1.0 for those that scale by 1 + weight
     guess           True for the generic family only
     """
 
@@ -69,4 +95,6 @@ class Family:
     head: str = "lm_head"
     embedding: str = "model.embed_tokens.weight"
     transposed: str | None = None
+    spaces: tuple[SpaceRule, ...] | None = None
+    norm_offset: float = 0.0
     guess: bool = False

@@ -1,4 +1,4 @@
-"""Gemma 1: laid out like Llama, head tied to the embedding."""
+"""Gemma 1: laid out like Llama, head tied to the embedding; norms scale by 1 + weight."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ from roundel.families import llama
 
 __all__ = ["FAMILY"]
 
-FAMILY = replace(llama.FAMILY, name="Gemma")
+FAMILY = replace(llama.FAMILY, name="Gemma", norm_offset=1.0)

@@ -11,4 +11,5 @@ FAMILY = Family(
     blocks=("language_model.model.layers", "model.language_model.layers"),
     head="language_model.lm_head",
     embedding="language_model.model.embed_tokens.weight",
+    norm_offset=1.0,
 )

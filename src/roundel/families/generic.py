@@ -6,20 +6,26 @@ Patterns match whole parts of a module's name, which `\b` delimits: "mlp.gate" i
 
 from __future__ import annotations
 
-from roundel.families.family import Family, FusedExperts, Keep
+from roundel.families.family import Family, FusedExperts, Keep, SpaceRule
 
 __all__ = [
+    "ATTENTION_INPUT",
     "CONV1D",
     "CONVOLUTION",
     "EMBEDDING",
     "FAMILY",
+    "FEED_INPUT",
     "FUSED_EXPERTS",
     "HEAD",
+    "INNER",
     "KEPT",
+    "LATENT_SPACES",
     "MTP",
     "NORM",
     "ROUTER",
+    "SPACES",
     "TOWER",
+    "VALUES",
 ]
 
 CONVOLUTION = "convolution"
@@ -49,6 +55,42 @@ FUSED_EXPERTS = (
     FusedExperts(tensor=r"(?P<block>.+)\.experts\.w2(\.weight|_weight)?", projections=("w2",)),
     FusedExperts(tensor=r"(?P<block>.+)\.experts\.down_proj(\.weight)?", projections=("down_proj",)),
 )
+
+_FEED = r"(mlp|feed_forward|block_sparse_moe|moe)"
+_SHARED = r"(shared_experts?|share_expert)"
+
+ATTENTION_INPUT = SpaceRule(
+    writers=(r"input_layernorm",),
+    readers=r"self_attn\.(q_proj|k_proj|v_proj|qkv_proj|q_a_proj|kv_a_proj_with_mqa|g_proj)"
+    r"|self_attn\.indexer\.(wk|weights_proj)|linear_attn\.in_proj_(qkvz|ba|qkv|z|b|a)",
+    kind="norm",
+)
+LINEAR_ATTENTION = SpaceRule(writers=(r"linear_attn\.norm",), readers=r"linear_attn\.out_proj", kind="norm", offset=0.0)
+VALUES = SpaceRule(
+    writers=(r"(?P<scope>self_attn)\.v_proj", r"(?P<scope>self_attn)\.qkv_proj"),
+    readers=r"{scope}\.o_proj",
+    kind="values",
+)
+LATENT_SPACES = (
+    SpaceRule(writers=(r"self_attn\.q_a_layernorm",), readers=r"self_attn\.(q_b_proj|indexer\.wq_b)", kind="norm"),
+    SpaceRule(writers=(r"self_attn\.kv_a_layernorm",), readers=r"self_attn\.kv_b_proj", kind="norm"),
+    SpaceRule(writers=(r"self_attn\.kv_b_proj",), readers=r"self_attn\.o_proj", kind="latent"),
+)
+# Where attention and MLP stand side by side, one norm is read by both (Cohere).
+FEED_INPUT = SpaceRule(
+    writers=(r"pre_feedforward_layernorm", r"post_attention_layernorm", r"input_layernorm"),
+    readers=rf"({_FEED}\.((experts\.\d+|{_SHARED})\.)?|{_SHARED}\.)(gate_proj|up_proj|gate_up_proj|w1|w3)"
+    rf"|{_FEED}\.(gate|router|shared_expert_gate)",
+    kind="norm",
+)
+INNER = (
+    SpaceRule(
+        writers=(r"(?P<scope>.+)\.up_proj",), readers=r"{scope}\.down_proj", kind="inner", beside="{scope}.gate_proj"
+    ),
+    SpaceRule(writers=(r"(?P<scope>.+)\.gate_up_proj",), readers=r"{scope}\.down_proj", kind="inner"),
+    SpaceRule(writers=(r"(?P<scope>.+)\.w3",), readers=r"{scope}\.w2", kind="inner", beside="{scope}.w1"),
+)
+SPACES = (ATTENTION_INPUT, LINEAR_ATTENTION, *LATENT_SPACES, VALUES, FEED_INPUT, *INNER)
 
 FAMILY = Family(
     name="generic",

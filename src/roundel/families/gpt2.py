@@ -10,5 +10,6 @@ FAMILY = Family(
     name="GPT-2",
     blocks=("transformer.h", "h"),
     embedding="transformer.wte.weight",
+    spaces=(),
     transposed=r"\bh\.\d+\.(attn|crossattention|mlp)\.(c_attn|q_attn|c_fc|c_proj)$",
 )

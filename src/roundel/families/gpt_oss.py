@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from roundel.families.family import Family, FusedExperts
+from roundel.families.generic import ATTENTION_INPUT, FEED_INPUT, VALUES
 
 __all__ = ["FAMILY"]
 
@@ -29,4 +30,5 @@ FAMILY = Family(
         for name, projections in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",)))
         for suffix, part in PARTS
     ),
+    spaces=(ATTENTION_INPUT, VALUES, FEED_INPUT),  # an expert multiplies by up + 1, clamped: up's channels are fixed
 )

@@ -9,4 +9,4 @@ from roundel.families.qwen3_next import DECAY_GATES
 
 __all__ = ["FAMILY"]
 
-FAMILY = replace(qwen3_vl.FAMILY, name="Qwen3.5", kept=(DECAY_GATES,))
+FAMILY = replace(qwen3_vl.FAMILY, name="Qwen3.5", kept=(DECAY_GATES,), norm_offset=1.0)

@@ -7,4 +7,9 @@ from roundel.families.qwen3_next import DECAY_GATES
 
 __all__ = ["FAMILY"]
 
-FAMILY = Family(name="Qwen3.5, text", kept=(DECAY_GATES,), blocks=("model.layers", "model.language_model.layers"))
+FAMILY = Family(
+    name="Qwen3.5, text",
+    kept=(DECAY_GATES,),
+    blocks=("model.layers", "model.language_model.layers"),
+    norm_offset=1.0,
+)

@@ -13,4 +13,4 @@ DECAY_GATES = Keep(
     reason="decay gate of the linear attention: too few rows, too sensitive",
 )
 
-FAMILY = Family(name="Qwen3-Next", kept=(DECAY_GATES,), fused_experts=FUSED_EXPERTS)
+FAMILY = Family(name="Qwen3-Next", kept=(DECAY_GATES,), fused_experts=FUSED_EXPERTS, norm_offset=1.0)

@@ -19,4 +19,5 @@ FAMILY = Family(
         FusedExperts(tensor=rf"(?P<block>.+\.moe)\.{name}(\.weight)?", projections=(name,))
         for name in ("gate_proj", "up_proj", "down_proj")
     ),
+    norm_offset=1.0,
 )
