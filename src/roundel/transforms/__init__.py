@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from roundel.transforms.awq import Awq
+from roundel.transforms.smoothquant import SmoothQuant
+from roundel.transforms.teq import Teq
 from roundel.transforms.transform import Transform, Transformed
 
-__all__ = ["TRANSFORMS", "Transform", "Transformed"]
+__all__ = ["TRANSFORMS", "Awq", "SmoothQuant", "Teq", "Transform", "Transformed"]
 
-TRANSFORMS: dict[str, Transform] = {}
+TRANSFORMS: dict[str, Transform] = {t.name: t for t in (Awq(), Teq(), SmoothQuant())}
