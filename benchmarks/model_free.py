@@ -83,20 +83,19 @@ def kernel_speed(scheme_name: str) -> float:
     inherit."""
     import numpy as np
 
-    from roundel.ops.numba.rounding import BF16, round_integer
+    from roundel.ops.numba.rounding import round_integer
+    from roundel.ops.numba.stored import BF16
     from roundel.scheme import Scheme
 
     grid = Scheme.parse(scheme_name).weight
     rows, width = 3072, 1024
     weight = np.random.default_rng(0).standard_normal((rows, width)).astype(np.float32) * 0.02
-    stored = (weight.view(np.uint32) >> 16).astype(np.uint16)
+    stored = (weight.view(np.uint32) >> 16).astype(BF16)
     codes, blocks = np.empty((rows, width), np.uint8), grid.blocks((rows, width))
     scales, zeros, best = np.empty(blocks, np.uint16), np.empty(blocks, np.uint8), float("inf")
     for _ in range(20):
         started = time.perf_counter()
-        round_integer(
-            stored, BF16, grid.element.bits, grid.block[1], grid.symmetric, 0, codes, scales, zeros, np.zeros(2)
-        )
+        round_integer(stored, grid.element.bits, grid.block[1], grid.symmetric, 0, codes, scales, zeros, np.zeros(2))
         best = min(best, time.perf_counter() - started)
     return stored.nbytes / best / 1e9
 

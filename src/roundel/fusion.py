@@ -105,13 +105,12 @@ def not_finite(layer: Layer, row: int, column: int, value: float) -> NumericsErr
     )
 
 
-def _stored_rows(layer: Layer, read: Read, start: int, count: int) -> tuple[np.ndarray, int]:
-    from roundel.ops.numba.rounding import BF16, F16, F32
+def _stored_rows(layer: Layer, read: Read, start: int, count: int) -> np.ndarray:
+    from roundel.ops.numba.stored import BF16, F16, F32
 
-    kind = {"BF16": BF16, "F16": F16, "F32": F32}[layer.dtype]
-    stored = _scratch.array("stored", (count, layer.shape[1]), np.uint32 if kind == F32 else np.uint16)
+    stored = _scratch.array("stored", (count, layer.shape[1]), {"BF16": BF16, "F16": F16, "F32": F32}[layer.dtype])
     read(start, stored.reshape(-1).view(np.uint8))
-    return stored, kind
+    return stored
 
 
 def _words(layer: Layer, layout: WordLayout, read: Read) -> tuple[dict[str, np.ndarray], Errors]:
@@ -128,13 +127,13 @@ def _words(layer: Layer, layout: WordLayout, read: Read) -> tuple[dict[str, np.n
     words = _scratch.array("words", (width, out // 8) if is_awq else (width * bits // 32, out), np.uint32)
     sums = np.zeros(2)
     for start in range(0, out, rows):
-        stored, kind = _stored_rows(layer, read, start, min(rows, out - start))
+        stored = _stored_rows(layer, read, start, min(rows, out - start))
         here = slice(start, start + len(stored))
         bad = round_integer(
-            stored, kind, bits, group, grid.symmetric, grid.lowest_zero, codes, scales[here], zeros[here], sums
+            stored, bits, group, grid.symmetric, grid.lowest_zero, codes, scales[here], zeros[here], sums
         )
         if bad >= 0:
-            raise _first_bad(layer, stored, kind, start, int(bad))
+            raise _first_bad(layer, stored, start, int(bad))
         if is_awq:
             pack_awq_columns(codes[: len(stored)], words, start)
         else:
@@ -172,8 +171,8 @@ def _zero_words(zeros: np.ndarray, bits: int, layout: WordLayout) -> np.ndarray:
 
 
 def _mx(layer: Layer, read: Read) -> tuple[dict[str, np.ndarray], Errors]:
+    from roundel.ops.numba.microscaling import mx_parameters, round_mx
     from roundel.ops.numba.packing import pack_nibbles
-    from roundel.ops.numba.rounding import mx_parameters, round_mx
 
     element, (out, width) = layer.scheme.weight.element, layer.shape
     four, rows = element.name == "e2m1", slab_rows(layer)
@@ -181,32 +180,26 @@ def _mx(layer: Layer, read: Read) -> tuple[dict[str, np.ndarray], Errors]:
     exponents, sums = _scratch.array("scales", (out, width // 32), np.uint8), np.zeros(2)
     codes = _scratch.array("codes", (min(rows, out), width), np.uint8)
     for start in range(0, out, rows):
-        stored, kind = _stored_rows(layer, read, start, min(rows, out - start))
+        stored = _stored_rows(layer, read, start, min(rows, out - start))
         here = slice(start, start + len(stored))
         target = codes[: len(stored)] if four else weight[here]
-        bad = round_mx(stored, kind, *mx_parameters(element.name, element.hi), target, exponents[here], sums)
+        bad = round_mx(stored, *mx_parameters(element.name, element.hi), target, exponents[here], sums)
         if bad >= 0:
-            raise _first_bad(layer, stored, kind, start, int(bad))
+            raise _first_bad(layer, stored, start, int(bad))
         if four:
             pack_nibbles(target, weight[here])
     parts = {"weight_packed" if four else "weight": weight, "weight_scale": exponents}
     return parts, Errors(float(sums[0]), float(sums[1]))
 
 
-def _first_bad(layer: Layer, stored: np.ndarray, kind: int, start: int, flat: int) -> NumericsError:
+def _first_bad(layer: Layer, stored: np.ndarray, start: int, flat: int) -> NumericsError:
     """The error for the first weight that is not finite, or else the largest, of the block a kernel stopped at."""
-    from roundel.ops.numba.rounding import F16, F32
-
     row, column = divmod(flat, layer.shape[1])
     block = stored[row, column : column + layer.scheme.weight.block_of(layer.shape)[1]]
-    if kind == F32:
-        values = block.view(np.float32)
+    if layer.dtype == "BF16":
+        values = (block.astype(np.uint32) << 16).view(np.float32)
     else:
-        values = (
-            block.view(np.float16).astype(np.float32)
-            if kind == F16
-            else (block.astype(np.uint32) << 16).view(np.float32)
-        )
+        values = block.view(np.float16 if layer.dtype == "F16" else np.float32).astype(np.float32)
     bad = np.flatnonzero(~np.isfinite(values))
     at = int(bad[0]) if len(bad) else int(np.abs(values).argmax())
     return not_finite(layer, start + row, column + at, float(values[at]))

@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from roundel.ops.numba.rounding import BF16, F16, F32, mx_parameters, round_integer, round_mx
+from roundel.ops.numba.microscaling import mx_parameters, round_mx
+from roundel.ops.numba.rounding import round_integer
+from roundel.ops.numba.stored import BF16, F16, F32
 from roundel.scheme import Grid
 from roundel.tensor import QuantizedTensor
 
@@ -22,23 +24,20 @@ def encode_tensor(weight: Tensor, grid: Grid) -> QuantizedTensor | None:
     kind = _KINDS.get(weight.dtype)
     if kind is None:
         return None
-    stored = weight.detach().contiguous().view(torch.int32 if kind == F32 else torch.int16).numpy()
-    stored = stored.view(np.uint32 if kind == F32 else np.uint16)
+    stored = weight.detach().contiguous().view(torch.int32 if kind == F32 else torch.int16).numpy().view(kind)
     if grid.element.is_integer:
-        return _encode_integer(stored, kind, grid)
+        return _encode_integer(stored, grid)
     if weight.shape[1] % 32 or grid.exponent != "floor":
         return None
-    return _encode_mx(stored, kind, grid)
+    return _encode_mx(stored, grid)
 
 
-def _encode_integer(stored: np.ndarray, kind: int, grid: Grid) -> QuantizedTensor | None:
+def _encode_integer(stored: np.ndarray, grid: Grid) -> QuantizedTensor | None:
     shape = (stored.shape[0], stored.shape[1])
     columns, blocks = grid.block_of(shape)[1], grid.blocks(shape)
     codes, scales = np.empty(shape, np.uint8), np.empty(blocks, np.uint16)
     zeros, bits = np.empty(blocks, np.uint8), grid.element.bits
-    bad = round_integer(
-        stored, kind, bits, columns, grid.symmetric, grid.lowest_zero, codes, scales, zeros, np.zeros(2)
-    )
+    bad = round_integer(stored, bits, columns, grid.symmetric, grid.lowest_zero, codes, scales, zeros, np.zeros(2))
     if bad >= 0:
         return None
     scale = torch.from_numpy(scales.view(np.float16))
@@ -48,10 +47,10 @@ def _encode_integer(stored: np.ndarray, kind: int, grid: Grid) -> QuantizedTenso
     return QuantizedTensor(grid=grid, codes=torch.from_numpy(codes), scale=scale, zero=torch.from_numpy(zeros))
 
 
-def _encode_mx(stored: np.ndarray, kind: int, grid: Grid) -> QuantizedTensor | None:
+def _encode_mx(stored: np.ndarray, grid: Grid) -> QuantizedTensor | None:
     shape = (stored.shape[0], stored.shape[1])
     codes, exponents = np.empty(shape, np.uint8), np.empty(grid.blocks(shape), np.uint8)
-    if round_mx(stored, kind, *mx_parameters(grid.element.name, grid.element.hi), codes, exponents, np.zeros(2)) >= 0:
+    if round_mx(stored, *mx_parameters(grid.element.name, grid.element.hi), codes, exponents, np.zeros(2)) >= 0:
         return None
     found = torch.from_numpy(codes)
     return QuantizedTensor(
