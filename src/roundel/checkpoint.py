@@ -130,6 +130,20 @@ class Checkpoint:
         matrices = [m.name + ".weight" for m in self.matrices.values()]
         return (*matrices, *(m.bias[0] for m in self.matrices.values() if m.bias is not None), *self.loose)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of what `tensor` returns, without reading it."""
+        module, _, part = name.rpartition(".")
+        matrix = self.matrices.get(module)
+        if matrix is None and module == self.family.head and self.is_tied:
+            matrix = self.tied_head()
+        if matrix is not None and part == "weight":
+            return matrix.shape
+        if matrix is not None and matrix.bias is not None and matrix.bias[0] == name:
+            return matrix.bias[1].shape(self.source.tensors[matrix.bias[1].tensor])
+        if name not in self.source.tensors:
+            raise SourceError(f"{self.source.name} has no tensor {name}, which the model needs. Fetch it again.")
+        return self.source.tensors[name].shape
+
     def tensor(self, name: str) -> Tensor:
         """A tensor by the name it has in a written checkpoint: a matrix decoded and split, a bias, or a loose tensor.
 

@@ -20,8 +20,11 @@ __all__ = ["plan"]
 @click.command(short_help="Show what quantize would do, without reading a weight.")
 @click.argument("model")
 @recipe_options
+@click.option("--probe/--no-probe", default=True, help="Measure one block, to foresee the time of a calibrated run.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole plan as JSON: every layer, every output tensor.")
-def plan(model: str, as_json: bool, revision: str | None, device: str, workers: int | None, **options: Any) -> None:
+def plan(
+    model: str, probe: bool, as_json: bool, revision: str | None, device: str, workers: int | None, **options: Any
+) -> None:
     """Show what `roundel quantize` would do to MODEL with the same options, without reading a weight.
 
     \b
@@ -30,8 +33,10 @@ def plan(model: str, as_json: bool, revision: str | None, device: str, workers: 
       roundel plan Qwen/Qwen3-8B --bits 3 --json
     """
     from roundel.api import check_device
+    from roundel.card import size
     from roundel.checkpoint import open_checkpoint
-    from roundel.cli.show import print_plan
+    from roundel.cli.show import console, duration, print_plan
+    from roundel.estimate import estimate
     from roundel.pipeline import default_workers
     from roundel.planning import build_plan
 
@@ -41,13 +46,23 @@ def plan(model: str, as_json: bool, revision: str | None, device: str, workers: 
         checkpoint = open_checkpoint(model, revision, Path(work))
         try:
             made = build_plan(checkpoint, recipe)
+            foreseen = estimate(made, checkpoint) if recipe.chain.reads_activations and probe else None
         finally:
             checkpoint.close()
     count = workers or default_workers(made, device)
     if as_json:
-        click.echo(json.dumps(plan_as_dict(made, count, device), indent=1))
+        told = plan_as_dict(made, count, device)
+        if foreseen is not None:
+            told |= {"activation_bytes": foreseen.activations, "estimated_seconds": round(foreseen.seconds, 1)}
+        click.echo(json.dumps(told, indent=1))
     else:
         print_plan(made, count, device)
+        if foreseen is not None:
+            console.print(
+                f"activations between blocks: {size(foreseen.activations)}, in memory or, with --offload disk, "
+                "in files\n"
+                f"time about {duration(foreseen.seconds)}, foreseen from a probe of {foreseen.probe:.1f} s"
+            )
 
 
 def plan_as_dict(made: Plan, workers: int, device: str) -> dict[str, object]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 
@@ -11,17 +10,21 @@ from rich.markup import escape
 from rich.table import Table
 
 from roundel.card import size
+from roundel.page import decibel, fallbacks, relative_error
 from roundel.planning import Plan
 from roundel.report import Report
 
-__all__ = ["console", "decibel", "folded", "print_plan", "print_report", "table"]
+__all__ = ["console", "decibel", "duration", "folded", "print_plan", "print_report", "table"]
 
 console = Console(highlight=False, soft_wrap=False)
+NAMED = 3  # layers that fell back, named by the report of a run
 
 
-def decibel(value: float | None) -> str:
-    """19.6 dB; "exact" where nothing was lost."""
-    return "" if value is None else "exact" if value == math.inf else f"{value:.1f} dB"
+def duration(seconds: float) -> str:
+    """40 s; 12 min; 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def table(first: str, *others: str) -> Table:
@@ -64,6 +67,8 @@ def print_plan(plan: Plan, workers: int, device: str) -> None:
             kept.add_row(escape(pattern), str(count), *map(escape, cells))
         console.print(kept)
     console.print()
+    if plan.recipe.chain.reads_activations:
+        _print_units(plan)
     for note in plan.notes:
         console.print(f"[yellow]note[/] {escape(note)}")
     console.print(
@@ -79,6 +84,21 @@ def print_plan(plan: Plan, workers: int, device: str) -> None:
             console.print(f"  {shard.name}  {size(shard.nbytes)}")
     console.print(
         f"peak memory about {size(plan.peak_memory(workers, device))} with {workers} worker{'s' if workers > 1 else ''}"
+    )
+
+
+def _print_units(plan: Plan) -> None:
+    """The units of a plan that looks at data, what is done with each, and on what."""
+    recipe = plan.recipe
+    steps = ", then ".join(step.name for step in recipe.chain.steps)
+    units = table("units, one after the other", "count", "layers", "steps")
+    rows = [(work.name, str(len(work.layers)), steps) for work in plan.works if work.kind == "unit"]
+    for pattern, count, cells in folded(rows):
+        units.add_row(escape(pattern), str(count), *map(escape, cells))
+    console.print(units)
+    console.print(
+        f"calibrated on {escape(recipe.dataset)}: {recipe.nsamples} samples of {recipe.seqlen} tokens, "
+        f"{recipe.batch_size} at a time, seed {recipe.seed}\n"
     )
 
 
@@ -105,6 +125,16 @@ def print_report(report: Report) -> None:
             f"signal to noise {decibel(report.mean_sqnr)} on average, lowest {decibel(worst.sqnr)} "
             f"({escape(worst.name)})"
         )
+    shares = [share for share in map(relative_error, report.rounded) if share is not None]
+    if shares:
+        console.print(f"error {sum(shares) / len(shares):.3f} of plain rounding's, mean over {len(shares)} layers")
+    fallen = fallbacks(report)
+    if fallen:
+        console.print(f"[yellow]{len(fallen)} layer{'s' if len(fallen) > 1 else ''} fell back[/]")
+        for row in fallen[:NAMED]:
+            console.print(f"  {escape(row.name)}: {escape(row.note or '')}")
+        if len(fallen) > NAMED:
+            console.print(f"  and {len(fallen) - NAMED} more: report.html names them")
     for output in plan.outputs:
         console.print(f"{output.format.name}: {size(output.nbytes)}, was {size(plan.source_bytes)}")
     console.print(f"{report.seconds:.1f} s, {escape(str(report.folder))}")

@@ -82,6 +82,9 @@ class Awq:
     def reads_float_stream(self) -> bool:
         return self.stream == "float"
 
+    def passes(self, samples: int, batch: int) -> float:
+        return 1.0 + 0.5 * self.n_grid * (2 if self.duo_scaling == "both" else 1)
+
     def refuse(self, layer: Layer) -> str | None:
         return refusal(layer)
 

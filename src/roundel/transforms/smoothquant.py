@@ -51,6 +51,9 @@ class SmoothQuant:
     def reads_float_stream(self) -> bool:
         return False
 
+    def passes(self, samples: int, batch: int) -> float:
+        return 1.0
+
     def refuse(self, layer: Layer) -> str | None:
         return None
 

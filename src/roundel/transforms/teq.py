@@ -135,6 +135,9 @@ class Teq:
     def reads_float_stream(self) -> bool:
         return True
 
+    def passes(self, samples: int, batch: int) -> float:
+        return 2.0 + 3.0 * self.steps * min(self.batch_size, samples) / samples
+
     def refuse(self, layer: Layer) -> str | None:
         return refusal(layer)
 

@@ -37,6 +37,9 @@ class Transform(Protocol):
     def reads_float_stream(self) -> bool:
         """Whether it asks for the streams "float" and "target" beside "quantized"."""
 
+    def passes(self, samples: int, batch: int) -> float:
+        """What it costs, in forward passes of a unit over all samples; a backward pass counts two. For estimates."""
+
     def refuse(self, layer: Layer) -> str | None:
         """Why a layer makes this transform impossible, or None. Asked at plan time."""
 
