@@ -2,74 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from calibration.cases import Case, make_case, tokens_of
 from models import pico
 from roundel.calibration.skeleton import Skeleton
-from roundel.checkpoint import Checkpoint, open_checkpoint
-
-TOKENS = 40  # more than the window, and not a multiple of anything
-CONFIGS: dict[str, dict[str, Any]] = {
-    **{name: {"sliding_window": 16} for name in ("gemma2", "gemma3", "gemma3_text", "mistral", "mistral3", "phi3")},
-    "gpt_oss": {"sliding_window": 16, "quantization_config": None},
-    "llama4": {"attention_chunk_size": 16},
-    "llama4_text": {"attention_chunk_size": 16},
-    "qwen3_vl_moe": {"moe_intermediate_size": 48},  # a square matrix leaves open which way round it is stored
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A pico checkpoint, as transformers loads it and as a skeleton."""
-
-    checkpoint: Checkpoint
-    model: Any
-    skeleton: Skeleton
-    weights: Mapping[str, Tensor]
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        x = self.skeleton.enter(tokens, self.weights)
-        for block in (*self.skeleton.blocks, self.skeleton.tail):
-            x = block.forward(x, self.weights)
-        return x
-
-
-def tokens_of(samples: int, seed: int = 0, length: int = TOKENS) -> Tensor:
-    return torch.randint(3, 256, (samples, length), generator=torch.Generator().manual_seed(seed))
-
-
-def needed(skeleton: Skeleton) -> Iterable[str]:
-    return {*skeleton.entry_tensors, *(t for b in (*skeleton.blocks, skeleton.tail) for t in b.tensors)}
-
-
-def make_case(model_type: str, folder: Path) -> Case:
-    import transformers
-
-    pico.build(model_type, folder, dtype="float32", **CONFIGS.get(model_type, {}))
-    checkpoint = open_checkpoint(folder)
-    config = transformers.AutoConfig.from_pretrained(folder)
-    images = type(config) in transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    loader: Any = transformers.AutoModelForImageTextToText if images else transformers.AutoModelForCausalLM
-    transformers.logging.disable_progress_bar()
-    model = loader.from_pretrained(folder, dtype=torch.float32).eval()
-    skeleton = Skeleton(checkpoint.source.config, checkpoint.family, checkpoint.tensor_names)
-    return Case(checkpoint, model, skeleton, {name: checkpoint.tensor(name).float() for name in needed(skeleton)})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they give on matrices this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from roundel.checkpoint import open_checkpoint
+from roundel.errors import PlanError, SourceError
+from roundel.families import family_of
 
 
 @pytest.fixture(scope="module", params=pico.PICO_TYPES)
@@ -88,7 +32,135 @@ def test_logits_are_those_of_the_loaded_model(case: Case, samples: int) -> None:
 
 
 def test_no_parameter_is_allocated(case: Case) -> None:
-    model = case.skeleton._model
-    recorders = case.skeleton._recorders
-    assert all(p.is_meta for module in (model, *(r.block for r in recorders)) for p in module.parameters())
-    assert not any(name.startswith("layers") for name, _ in model.named_parameters())
+    blocks = [recorder.block for recorder in case.skeleton._recorders]
+    assert all(p.is_meta for module in (case.skeleton._model, *blocks) for p in module.parameters())
+
+
+def test_every_tensor_of_the_text_model_has_one_place(case: Case) -> None:
+    names = [*case.skeleton.entry_tensors, *(name for piece in case.pieces for name in piece.tensors)]
+    tied = {f"{case.checkpoint.family.head}.weight"} if case.checkpoint.is_tied else set()
+    stored = {n for n in case.checkpoint.tensor_names if not any(f"{b}." in f"{n}." for b in beside(case))}
+    assert sorted(names) == sorted(stored | tied)
+
+
+def beside(case: Case) -> set[str]:
+    """Modules of the checkpoint that are no part of the text model, or predict tokens further on."""
+    return {"mtp", "visual", "vision_tower", "vision_model", "multi_modal_projector", "model.layers.2"}
+
+
+def test_blocks_go_by_the_names_of_the_checkpoint(case: Case) -> None:
+    for number, block in enumerate(case.skeleton.blocks):
+        assert any(block.name == f"{blocks}.{number}" for blocks in case.checkpoint.family.blocks)
+        assert all(name.startswith(block.name + ".") for name in block.tensors)
+        matrices = [m.name for m in case.checkpoint.matrices.values() if m.name.startswith(block.name + ".")]
+        assert sorted(block.modules) == sorted(matrices)
+
+
+def test_batches_of_any_size_follow_each_other(tmp_path: Path) -> None:
+    """Samples are drawn at random: what blocks are called with is kept for each number of them and each length."""
+    case = make_case("gemma3_text", tmp_path)
+    for samples, length in ((2, 40), (5, 40), (1, 17), (2, 40)):
+        tokens = tokens_of(samples, seed=samples, length=length)
+        with torch.no_grad():
+            expected = case.model(input_ids=tokens).logits
+            whole = case.logits(tokens)
+            one_by_one = torch.cat([case.logits(tokens[i : i + 1]) for i in range(samples)])
+        torch.testing.assert_close(whole, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(one_by_one, expected, rtol=0, atol=1e-5)
+
+
+def test_blocks_run_without_tokens(tmp_path: Path) -> None:
+    """A resumed run has hidden states only."""
+    case = make_case("gemma2", tmp_path)
+    x = case.inputs(1, tokens_of(2))
+    resumed = Skeleton(case.checkpoint.source.config, case.checkpoint.family, case.checkpoint.tensor_names)
+    assert torch.equal(resumed.blocks[1].forward(x, case.weights), case.skeleton.blocks[1].forward(x, case.weights))
+
+
+def test_a_packed_checkpoint_runs_with_what_it_decodes_to(tmp_path: Path) -> None:
+    """gpt_oss as on the Hub, its experts in MXFP4: transformers given the decoded matrices is the reference."""
+    from roundel.calibration.skeleton import Skeleton
+
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    case = make_case("gpt_oss", plain)
+    pico.build("gpt_oss", packed, dtype="float32", sliding_window=16)
+    checkpoint = open_checkpoint(packed)
+    skeleton = Skeleton(checkpoint.source.config, checkpoint.family, checkpoint.tensor_names)
+    assert [b.tensors for b in skeleton.blocks] == [b.tensors for b in case.skeleton.blocks]
+    decoded = dict(case.weights) | {n: checkpoint.tensor(n).float() for b in skeleton.blocks for n in b.tensors}
+    state = case.model.state_dict()
+    for number in range(2):
+        stem = f"model.layers.{number}.mlp.experts"
+        for expert in range(4):
+            gate, up, down = (decoded[f"{stem}.{expert}.{p}_proj.weight"] for p in ("gate", "up", "down"))
+            state[f"{stem}.gate_up_proj"][expert] = torch.stack([gate, up], 1).flatten(0, 1).T
+            state[f"{stem}.down_proj"][expert] = down.T
+    tokens = tokens_of(2)
+    with torch.no_grad():
+        x = skeleton.enter(tokens, decoded)
+        for piece in (*skeleton.blocks, skeleton.tail):
+            x = piece.forward(x, decoded)
+        expected = case.model(input_ids=tokens).logits
+        assert not torch.allclose(case.logits(tokens), expected, atol=1e-3)  # the packing does change it
+    torch.testing.assert_close(x, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
+
+
+def test_a_block_that_needs_what_the_one_before_found_is_refused(tmp_path: Path) -> None:
+    """GLM-5 can share the choice of tokens between blocks; with an indexer in each it runs (above)."""
+    types = {"indexer_types": ["full", "shared"]}
+    config = pico.config_of("glm_moe_dsa") | types
+    with pytest.raises(PlanError, match=r"GlmMoeDsaDecoderLayer cannot be run on hidden states alone.*opt-rtn"):
+        Skeleton(config, family_of(config), pico.shapes_of("glm_moe_dsa"))
+
+
+def test_a_model_type_nobody_knows_is_refused() -> None:
+    config = pico.config_of("llama") | {"model_type": "nonesuch", "architectures": ["NonesuchForCausalLM"]}
+    with pytest.raises(PlanError, match=r"does not know the model type 'nonesuch'.*opt-rtn"):
+        Skeleton(config, family_of(config), pico.shapes_of("llama"))
+
+
+def test_a_config_its_class_refuses_is_named() -> None:
+    config = pico.config_of("llama") | {"rope_scaling": {"rope_type": "nonesuch"}}
+    with pytest.raises(PlanError, match=r"cannot build a 'llama' model of this config.json.*nonesuch"):
+        Skeleton(config, family_of(config), pico.shapes_of("llama"))
+
+
+def test_a_missing_tensor_is_named() -> None:
+    config, names = pico.config_of("llama"), list(pico.shapes_of("llama"))
+    names.remove("model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(SourceError, match=r"no tensor for transformers' model\.layers\.1\.mlp\.up_proj\.weight"):
+        Skeleton(config, family_of(config), names)
+
+
+def test_blocks_under_another_name_are_not_found() -> None:
+    config = pico.config_of("llama")
+    names = [name.replace("model.layers", "model.stages") for name in pico.shapes_of("llama")]
+    with pytest.raises(PlanError, match=r"no tensor of the checkpoint is one of a decoder block \(model\.layers\)"):
+        Skeleton(config, family_of(config), names)
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc, which is Linux's"
+)
+def test_a_model_of_any_size_takes_no_memory() -> None:
+    """A Llama of 70B, 8 of its blocks: 34 GB of float32."""
+    shape = {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+    }
+    config, names = pico.config_of("llama", **shape), pico.shapes_of("llama", **shape)
+    Skeleton(pico.config_of("llama"), family_of(config), pico.shapes_of("llama"))  # what importing takes
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = kilobytes("VmRSS")
+    skeleton = Skeleton(config, family_of(config), names)
+    assert len(skeleton.blocks) == 8
+    assert kilobytes("VmHWM") - before < 100_000
+
+
+def kilobytes(field: str) -> int:
+    return int(Path("/proc/self/status").read_text().partition(f"{field}:")[2].split()[0])
