@@ -149,7 +149,9 @@ def _file(path: Path, label: str) -> Origin:
     def rows(seed: int) -> Iterator[Row]:
         return read() if stream else shuffled(read(), str(seed))
 
-    return Origin(label=label, identity=json.dumps([kind_of(path.name), _sha256(path)]), rows=rows, stream=stream)
+    identity = json.dumps([kind_of(path.name), _sha256(path)])
+    bare = not stream and isinstance(next(read(), None), Ids)  # a file of token ids needs no tokenizer
+    return Origin(label=label, identity=identity, rows=rows, stream=stream, bare=bare)
 
 
 def _hub(dataset: HubDataset, entry: Entry, offline: bool) -> Origin:
