@@ -77,6 +77,30 @@ def test_blocks_run_without_tokens(tmp_path: Path) -> None:
     assert torch.equal(resumed.blocks[1].forward(x, case.weights), case.skeleton.blocks[1].forward(x, case.weights))
 
 
+def test_a_tied_head_is_a_matrix_of_its_own(tmp_path: Path) -> None:
+    """It is read from the embedding, and may be rounded though the embedding is not."""
+    case, tokens = make_case("gemma2", tmp_path), tokens_of(1)
+    assert case.checkpoint.is_tied and case.skeleton.tail.name == "lm_head"
+    assert torch.equal(case.weights["lm_head.weight"], case.weights["model.embed_tokens.weight"])
+    half = dict(case.weights) | {"lm_head.weight": case.weights["lm_head.weight"] / 2}
+    with torch.no_grad():
+        whole, halved = case.logits(tokens), case.logits(tokens, half)
+    cap = 30.0  # the model's last words: cap * tanh(logits / cap)
+    torch.testing.assert_close((halved / cap).atanh() * 2, (whole / cap).atanh(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_checkpoint_may_be_named_as_newer_releases_name_it() -> None:
+    config = pico.config_of("gemma3")
+    renamed = ("language_model.model.", "model.language_model."), ("vision_tower.", "model.vision_tower.")
+    names = list(pico.shapes_of("gemma3"))
+    for old, new in renamed:
+        names = [new + name.removeprefix(old) if name.startswith(old) else name for name in names]
+    skeleton = Skeleton(config, family_of(config), [*names, "lm_head.weight"])
+    assert [block.name for block in skeleton.blocks] == [f"model.language_model.layers.{n}" for n in range(2)]
+    assert skeleton.entry_tensors == ("model.language_model.embed_tokens.weight",)
+    assert skeleton.tail.name == "lm_head"
+
+
 def test_a_packed_checkpoint_runs_with_what_it_decodes_to(tmp_path: Path) -> None:
     """gpt_oss as on the Hub, its experts in MXFP4: transformers given the decoded matrices is the reference."""
     from roundel.calibration.skeleton import Skeleton

@@ -22,7 +22,10 @@ from roundel.errors import PlanError
 __all__ = ["empty_model", "fill_buffers", "quiet"]
 
 UNLIKE_LOADING = ("quantization_config", "torch_dtype", "dtype")  # settings of a stored file, not of the class
-COUNTING = (torch.arange, torch.tensor, torch.as_tensor, torch.linspace, torch.logspace)
+DEFINITE = (
+    *(torch.arange, torch.linspace, torch.logspace, torch.tensor, torch.as_tensor),
+    *(torch.zeros, torch.ones, torch.full, torch.eye, torch.tril_indices, torch.triu_indices),
+)
 WRONG: tuple[type[Exception], ...] = (
     *(AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError),
     StrictDataclassError,
@@ -42,7 +45,7 @@ def empty_model(
     with quiet():
         try:
             kind, made = _native(settings) or _shipped(settings, folder, trust_remote_code)
-            with torch.device("meta"), _Counted(not kind.__module__.startswith("transformers.models.")):
+            with torch.device("meta"), _Definite(not kind.__module__.startswith("transformers.models.")):
                 model: nn.Module = kind._from_config(made, dtype=dtype)
         except WRONG as error:
             raise PlanError(
@@ -96,8 +99,11 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-class _Counted(TorchFunctionMode):
-    """Tensors that count (0, 1, 2 ...) or spell out numbers are real, on a device context that makes none."""
+class _Definite(TorchFunctionMode):
+    """In a device context that makes no numbers, make those of tensors that are neither left open nor drawn.
+
+    Weights are left open (`torch.empty`) until they are loaded; buffers are computed from numbers that are said.
+    """
 
     def __init__(self, active: bool) -> None:
         super().__init__()
@@ -107,7 +113,7 @@ class _Counted(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         named = dict(kwargs or {})
-        if self.active and func in COUNTING and named.get("device") is None:
+        if self.active and func in DEFINITE and named.get("device") is None:
             named["device"] = "cpu"
         return func(*args, **named)
 

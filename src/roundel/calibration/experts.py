@@ -43,13 +43,12 @@ class Expert(nn.Module):
             self.add_module(name, Projection(into, out, bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        up = self._modules[self.names["up"]]
-        gate = self._modules[self.names["gate"]] if "gate" in self.names else up
-        down = self._modules[self.names["down"]]
-        assert up is not None and gate is not None and down is not None
-        first: Tensor = gate(x)
-        inner = self.gating(first, first if gate is up else up(x))
-        result: Tensor = down(inner)
+        up = self._project("up", x)
+        gate = self._project("gate", x) if "gate" in self.names else up
+        return self._project("down", self.gating(gate, up))
+
+    def _project(self, role: str, x: Tensor) -> Tensor:
+        result: Tensor = self.get_submodule(self.names[role])(x)
         return result
 
 
@@ -132,14 +131,16 @@ def unfuse(model: nn.Module, experts: Mapping[str, Mapping[str, str]]) -> None:
 
     for path, names in experts.items():
         fused: Any = model.get_submodule(path)
-        above, _, last = path.rpartition(".")
+        above = path.rpartition(".")[0]
         parent: Any = model.get_submodule(above)
         if isinstance(fused, Llama4TextExperts) and isinstance(parent, Llama4TextMoe):
-            mixture = ScaledExperts(parent.router, parent.shared_expert, _split(fused, names))
-            outer, _, name = above.rpartition(".")
-            setattr(model.get_submodule(outer), name, mixture)
-        elif hasattr(fused, "is_transposed") and hasattr(fused, "has_gate") and not fused.has_post_expert_norm:
-            setattr(parent, last, RoutedExperts(_split(fused, names)))
+            _check(fused, names, has_gate=True)
+            split = _split(fused, names, gating=_product(fused), transposed=True, bias=False)
+            model.set_submodule(above, ScaledExperts(parent.router, parent.shared_expert, split))
+        elif hasattr(fused, "has_gate") and hasattr(fused, "is_transposed") and not fused.has_post_expert_norm:
+            _check(fused, names, has_gate=fused.has_gate)
+            split = _split(fused, names, gating=_gating(fused), transposed=fused.is_transposed, bias=fused.has_bias)
+            model.set_submodule(path, RoutedExperts(split))
         else:
             raise PlanError(
                 f"{path}: the experts of {type(fused).__name__} are fused in a way that cannot be taken apart. Choose "
@@ -147,27 +148,31 @@ def unfuse(model: nn.Module, experts: Mapping[str, Mapping[str, str]]) -> None:
             )
 
 
-def _split(fused: Any, names: Mapping[str, str]) -> Iterator[Expert]:
-    """Experts like those of a fused module, without numbers."""
-    has_gate: bool = getattr(fused, "has_gate", True)
+def _check(fused: nn.Module, names: Mapping[str, str], *, has_gate: bool) -> None:
+    """Raises PlanError when the checkpoint's experts have other projections than the module's."""
     if set(names) != ({"gate", "up", "down"} if has_gate else {"up", "down"}):
         raise PlanError(
             f"{type(fused).__name__} has {'a gate' if has_gate else 'no gate'}, and the checkpoint calls an expert's "
             f"projections {', '.join(sorted(names.values()))}. Choose an algorithm that looks at no data."
         )
+
+
+def _split(fused: Any, names: Mapping[str, str], *, gating: Gating, transposed: bool, bias: bool) -> Iterator[Expert]:
+    """Experts like those of a fused module, whose down_proj is [experts, out, in], or [experts, in, out]."""
     count, first, second = fused.down_proj.shape
-    transposed = getattr(fused, "is_transposed", True)  # Llama 4's, which has no such field, are [experts, in, out]
     hidden, inner = (second, first) if transposed else (first, second)
     for _ in range(count):
-        yield Expert(names, hidden, inner, bool(getattr(fused, "has_bias", False)), _gating(fused))
+        yield Expert(names, hidden, inner, bias, gating)
+
+
+def _product(fused: Any) -> Gating:
+    return lambda gate, up: up * fused.act_fn(gate)
 
 
 def _gating(fused: Any) -> Gating:
-    """A fused module's own function of (gate, up), which takes them side by side or alternating."""
-    if not getattr(fused, "has_gate", True):
-        return lambda gate, _: fused.act_fn(gate)
-    if not hasattr(fused, "_apply_gate"):
-        return lambda gate, up: up * fused.act_fn(gate)
+    """A fused module's own function of gate and up, which takes them side by side or alternating."""
+    if not fused.has_gate:
+        return lambda up, _: fused.act_fn(up)
     if fused.is_concatenated:
         return lambda gate, up: fused._apply_gate(torch.cat([gate, up], -1))
     return lambda gate, up: fused._apply_gate(torch.stack([gate, up], -1).flatten(-2))

@@ -72,7 +72,7 @@ class Kind:
     repeated: frozenset[str] = frozenset()
 
     def learn(self, block: nn.Module, heard: Heard) -> None:
-        """Run a block on what it was called with. Raises PlanError when it cannot be run, or looks at what is PASSED."""
+        """Run a block on what it was called with. Raises PlanError when it cannot be run or looks at what is PASSED."""
         assert heard.states is not None
         counts: dict[str, int] = {}
         try:

@@ -71,7 +71,9 @@ class Skeleton:
         self.blocks = tuple(
             self._block(n, f"{stored}.{n}", f"{path}.{n}", spelling) for n in range(len(self._recorders))
         )
-        self.tail = Block(family.head, self._model, self._named(behind, spelling, family), self._finish)
+        end = self._named(behind, spelling, family)
+        head = next((end[name] for name in self._head_weights() if name in end), f"{family.head}.weight")
+        self.tail = Block(head.removesuffix(".weight"), self._model, end, self._finish)
 
     def enter(self, tokens: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """The states that enter the first block, [samples, tokens, hidden], for token ids [samples, tokens].
@@ -141,15 +143,20 @@ class Skeleton:
     def _named(self, names: Iterable[str], spelling: Spelling, family: Family) -> dict[str, str]:
         """Parameters of the model -> tensors of the checkpoint. A head without one is tied; it goes by its own name."""
         found: dict[str, str] = {}
-        heads = [path for path, module in self._model.named_modules() if module is _head(self._model)]
         for name in names:
             if name in spelling.tensors:
                 found[name] = spelling.tensors[name]
-            elif name in [f"{path}.weight" for path in heads]:
+            elif name in self._head_weights():
                 found[name] = f"{family.head}.weight"
             else:
                 raise self._missing(name)
         return found
+
+    def _head_weights(self) -> list[str]:
+        """What the model calls the weight of its output head."""
+        model: Any = self._model
+        head: nn.Module | None = model.get_output_embeddings()
+        return [f"{path}.weight" for path, module in self._model.named_modules() if module is head]
 
     def _block(self, number: int, stored: str, path: str, spelling: Spelling) -> Block:
         recorder = self._recorders[number]
@@ -230,11 +237,6 @@ class Skeleton:
             f"{self._type}: the checkpoint has no tensor for transformers' {name}, or holds it in another arrangement. "
             f"Fetch the checkpoint again. {DATA_FREE}"
         )
-
-
-def _head(model: Any) -> nn.Module | None:
-    head: nn.Module | None = model.get_output_embeddings()
-    return head
 
 
 def _is_plain(value: object) -> bool:
