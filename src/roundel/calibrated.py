@@ -7,6 +7,8 @@ next. Bytes, then activations, then the journal's line: a killed run continues a
 from __future__ import annotations
 
 import json
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -304,11 +306,14 @@ class _Units:
                 self.checkpoint.source.drop([shard_name])
 
     def _log(self, row: Row, seconds: float) -> None:
-        """One line for each layer, with what differs between two runs: the time."""
+        """One line for each layer, with what differs between two runs: the time, and the most bytes of memory that the
+        process has held so far."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         with (self.out / LOG).open("a", encoding="utf-8") as file:
             for layer in row.rows:
                 told = {k: v for k, v in layer.to_dict().items() if v is not None and k != "kind"}
                 told |= {"algorithm": self.recipe.algorithm, "unit": row.name, "unit_seconds": round(seconds, 2)}
+                told["peak_memory_bytes"] = peak
                 file.write(json.dumps(told) + "\n")
 
     def _frontier(self, name: str, stream: str) -> Frontier:

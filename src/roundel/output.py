@@ -17,6 +17,7 @@ from roundel.errors import OutputError, SourceError
 from roundel.io.journal import JOURNAL
 from roundel.io.safetensors import Shard
 from roundel.io.source import INDEX, Source, small_files
+from roundel.page import PAGE, page, read_costs
 from roundel.planning import Output, Plan
 from roundel.report import LOG, REPORT, Report
 
@@ -35,7 +36,8 @@ __all__ = [
 CONFIG = "config.json"
 _JOURNAL_NEW = "journal.new"  # all there is when the first instant of a run was its last
 FRONTIER = ".frontier"  # ends the name of a file of activations
-_OURS = (CONFIG, "quantization_config.json", "README.md", "recipe.json", REPORT, LOG, INDEX, JOURNAL, _JOURNAL_NEW)
+_CARDS = ("README.md", "recipe.json", REPORT, PAGE, LOG)
+_OURS = (CONFIG, "quantization_config.json", *_CARDS, INDEX, JOURNAL, _JOURNAL_NEW)
 
 
 def folder_of(out: Path, plan: Plan, output: Output) -> Path:
@@ -85,7 +87,7 @@ def prepare(out: Path, plan: Plan, source_folder: Path | None, overwrite: bool) 
             raise OutputError(f"{folder} is a file, and one format's folder. Choose another output folder.")
         if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
             raise OutputError(f"{folder} may not be written: permission denied. Choose a folder you may write to.")
-    held = sum(f.stat().st_blocks * 512 for f in _ours(folders))
+    held = sum(f.stat().st_blocks * 512 for f in _ours(folders) if f.name not in _CARDS)  # these are written again
     free = shutil.disk_usage(out).free + held
     if free < plan.nbytes:
         raise OutputError(
@@ -189,6 +191,7 @@ def finish(out: Path, plan: Plan, source: Source, report: Report) -> None:
         _write(folder / "quantization_config.json", json.dumps(output.config, indent=2) + "\n")
         _write(folder / "recipe.json", json.dumps(plan.recipe.to_dict(), indent=2) + "\n")
         _write(folder / REPORT, report.to_json(number))
+        _write(folder / PAGE, page(report, number, read_costs(out / LOG)))
         _write(folder / "README.md", model_card(plan, number))
     for folder in _folders(out, plan):
         _sync_folder(folder)

@@ -253,6 +253,8 @@ def test_what_travels_along(sharded: Path) -> None:
         "model.gguf",
         "recipe.json",
         "report.json",
+        "report.html",
+        "log.jsonl",
         ".git/HEAD",
         "a/.cache/x",
         "rng.pth",

@@ -335,6 +335,8 @@ def small_files(source: Source) -> Mapping[str, int]:
         "README.md",
         "recipe.json",
         "report.json",
+        "report.html",
         "journal.jsonl",
+        "log.jsonl",
     }
     return {n: b for n, b in source.files.files.items() if not is_weight_file(n) and n not in left}
