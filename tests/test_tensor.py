@@ -20,7 +20,7 @@ def slow_decode(q: QuantizedTensor) -> torch.Tensor:
     found = torch.zeros(out, width)
     for i in range(out):
         for j in range(width):
-            block = (i // rows, j // columns)
+            block = (i // rows, j // columns if q.group_index is None else int(q.group_index[j]))
             code = q.codes[i, j].float()
             if q.grid.element.values is not None:
                 code = torch.tensor(q.grid.element.values[int(q.codes[i, j])])
@@ -40,6 +40,9 @@ def test_decode_is_the_law(width: int) -> None:
         QuantizedTensor(grid=SYM, codes=(codes.short() - 8).to(torch.int8), scale=scale),
         QuantizedTensor(grid=ASYM, codes=codes, scale=scale, offset=torch.randn(blocks)),
         QuantizedTensor(grid=Grid(element=ELEMENTS["nf4"], block=(1, 32)), codes=codes, scale=scale),
+        QuantizedTensor(
+            grid=ASYM, codes=codes, scale=scale, zero=zero, group_index=torch.randint(0, blocks[1], (width,))
+        ),
         QuantizedTensor(
             grid=Grid(element=ELEMENTS["e4m3"], block=(2, 32), scale="F32"),
             codes=torch.randn(5, width).to(torch.float8_e4m3fn),
@@ -75,6 +78,8 @@ SIGNED, UNSIGNED = torch.zeros(2, 32, dtype=torch.int8), torch.zeros(2, 32, dtyp
         (ASYM, {"codes": UNSIGNED, "scale": ONE}),
         (ASYM, {"codes": UNSIGNED, "scale": ONE, "zero": ONE[:1]}),
         (ASYM, {"codes": UNSIGNED, "scale": ONE, "zero": ONE, "offset": ONE}),
+        (SYM, {"codes": SIGNED, "scale": ONE, "group_index": torch.ones(32)}),
+        (SYM, {"codes": SIGNED, "scale": ONE, "group_index": torch.zeros(31)}),
     ],
 )
 def test_disagreement_with_the_grid_is_refused(grid: Grid, fields: dict[str, torch.Tensor]) -> None:

@@ -62,6 +62,8 @@ class QuantizedTensor:
                            quantized too (NVFP4, double quantization)
     zero    like scale     the code that means 0.0; None when the grid is symmetric
     offset  like scale     float added after scaling (MLX bias, GGUF min); never with `zero`
+    group_index [in]       int32, the block of each column, where columns of a block do not lie side by side (GPTQ's
+                           act-order); None where they do
 
     Raises GridError when shapes, ranges or symmetry disagree with `grid`.
     """
@@ -71,6 +73,7 @@ class QuantizedTensor:
     scale: Tensor | QuantizedTensor
     zero: Tensor | None = None
     offset: Tensor | None = None
+    group_index: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -106,6 +109,8 @@ def plain(scale: Tensor | QuantizedTensor) -> Tensor:
 def spread(per_block: Tensor, like: QuantizedTensor) -> Tensor:
     """One value per block [out/r, in/c] -> one value per weight [out, in]; a last block may be cut short."""
     rows, columns = like.grid.block_of(like.shape)
+    if like.group_index is not None:
+        return per_block[:, like.group_index.long()]
     if rows != 1:
         per_block = per_block.repeat_interleave(rows, dim=0)[: like.shape[0]]
     return per_block.repeat_interleave(columns, dim=1)[:, : like.shape[1]]
@@ -124,8 +129,18 @@ def _check(q: QuantizedTensor) -> None:
         raise GridError("zero and offset exclude each other")
     if isinstance(q.scale, QuantizedTensor) != isinstance(q.grid.scale, Grid):
         raise GridError("a quantized scale goes with a grid of scales, and only with it")
+    if q.group_index is not None:
+        _check_index(q, q.group_index, blocks[1])
     element = q.grid.element
     if element.is_integer and q.codes.numel():
         low, high = (int(v) for v in q.codes.aminmax())
         if low < element.lo or high > element.hi:
             raise GridError(f"codes reach {low}..{high}, {element.name} ends at {element.lo}..{element.hi}")
+
+
+def _check_index(q: QuantizedTensor, index: Tensor, blocks: int) -> None:
+    if q.grid.block_of(q.shape)[0] != 1 or tuple(index.shape) != q.shape[1:]:
+        raise GridError(f"a group index {list(index.shape)} names blocks of one row, a column each")
+    low, high = (int(v) for v in index.aminmax()) if index.numel() else (0, 0)
+    if low < 0 or high >= blocks:
+        raise GridError(f"the group index reaches {low}..{high}, there are {blocks} blocks")

@@ -76,6 +76,7 @@ class Layer:
     stored   how it lies in the source
     bias     the bias tensor's name in the checkpoint, if the layer has one
     role     "expert" for a routed expert's matrix, "head" for the output head, else "linear"
+    permuted whether its groups' columns need not lie side by side, so that the format has to store a group index
     """
 
     name: str
@@ -85,6 +86,7 @@ class Layer:
     stored: Stored
     bias: str | None = None
     role: str = "linear"
+    permuted: bool = False
 
     @property
     def parameters(self) -> int:

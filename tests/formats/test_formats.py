@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from roundel.algorithms import Rtn
-from roundel.errors import PlanError, RecipeError, SourceError
+from roundel.errors import GridError, PlanError, RecipeError, SourceError
 from roundel.formats import FORMATS, Contents, Format, format_named, reader_of
 from roundel.fusion import fuses, round_and_pack
+from roundel.ops.bits import unpack_stream
 from roundel.scheme import PRESETS, Scheme
 from roundel.support import nominal_layer, shown_schemes, support_rows
-from roundel.tensor import TensorSpec, torch_dtype
+from roundel.tensor import QuantizedTensor, TensorSpec, torch_dtype
 from roundel.unit import Layer, Piece, Stored, Unit
 
 SCHEMES = {**shown_schemes(), "W4A16G-1": Scheme.parse("W4A16G-1"), "W3A16G96_ASYM": Scheme.parse("W3A16G96_ASYM")}
@@ -189,16 +190,65 @@ def test_missing_companions_are_named() -> None:
         reader.find("a.b", {"qweight": TensorSpec("", "I32", (16, 64)), "qzeros": TensorSpec("", "I32", (1, 8))})
 
 
-def test_activation_ordered_groups_are_refused() -> None:
-    format, layer = settled(WRITTEN["auto_gptq"], SCHEMES["W4A16G32"], (8, 128))  # type: ignore[misc]
-    quantized = (
-        Rtn()
-        .quantize(Unit(name=layer.name, layers=(layer,), weights={layer.tensor: torch.randn(8, 128)}))[layer.name]
-        .tensor
-    )
+def permuted_case(scheme_name: str = "W4A16G32") -> tuple[Format, Layer, QuantizedTensor]:
+    """A matrix whose columns belong to groups in no order, as act-order makes them; the last group is short."""
+    format, layer = settled(WRITTEN["auto_gptq"], Scheme.parse(scheme_name), (8, 112))  # type: ignore[misc]
+    layer = replace(layer, permuted=True)
+    generator = torch.Generator().manual_seed(3)
+    index = (torch.arange(112) // 32)[torch.randperm(112, generator=generator)].to(torch.int32)
+    weight = torch.randn(8, 112, generator=generator)
+    found = Rtn().quantize(Unit(name=layer.name, layers=(layer,), weights={layer.tensor: weight}))[layer.name].tensor
+    return format, layer, replace(found, group_index=index)
+
+
+@pytest.mark.parametrize("scheme_name", ["W4A16G32", "W2A16G32_ASYM"])
+def test_a_group_index_is_stored_and_read_again(scheme_name: str) -> None:
+    format, layer, quantized = permuted_case(scheme_name)
+    assert format.refuse(layer) is None
     parts = format.pack(layer, quantized)
-    parts["g_idx"] = parts["g_idx"].flip(0)
-    with pytest.raises(SourceError, match="desc_act"):
+    outputs = {s.name: s for s in format.outputs(layer)}
+    assert {name: (tuple(t.shape), t.dtype) for name, t in parts.items()} == {
+        name: (s.shape, torch_dtype(s.dtype)) for name, s in outputs.items()
+    }
+    back = format.unpack(layer, parts)
+    assert back.group_index is not None
+    assert torch.equal(back.decode(), quantized.decode())
+    codes = unpack_stream(parts["qweight"].T.contiguous(), layer.scheme.bits, 112)
+    zeros = unpack_stream(parts["qzeros"], layer.scheme.bits, 8) + 1  # GPTQ v1
+    for column in range(112):  # as readers of GPTQ files compute: scales[g_idx[k], n] * (code - zero)
+        group = int(parts["g_idx"][column])
+        for row in range(8):
+            level = int(codes[row, column]) - int(zeros[group, row])
+            assert back.decode()[row, column] == parts["scales"][group, row].float() * level
+    config = format.config(Contents(layers=[layer], kept=[], default=layer.scheme))
+    assert config["desc_act"] is True
+    assert (
+        format.config(Contents(layers=[replace(layer, permuted=False)], kept=[], default=layer.scheme))["desc_act"]
+        is False
+    )
+
+
+def test_who_cannot_store_a_group_index_says_so() -> None:
+    for name, format in WRITTEN.items():
+        for scheme in (SCHEMES["W4A16G32"], SCHEMES["W4A16_ASYM"], PRESETS["MXFP4"]):
+            layer = layer_of(format.grid_of(scheme), (64, 128))
+            if format.refuse(layer) is None and name != "auto_gptq":
+                assert "which group each column belongs to" in str(format.refuse(replace(layer, permuted=True)))
+
+
+def test_a_group_index_is_not_dropped() -> None:
+    format, layer, quantized = permuted_case()
+    with pytest.raises(GridError, match="group index"):
+        format.pack(replace(layer, permuted=False), quantized)
+    with pytest.raises(GridError, match="group index"):
+        FORMATS["auto_round"].settle([layer]).pack(layer, quantized)
+
+
+def test_a_damaged_group_index_is_told() -> None:
+    format, layer, quantized = permuted_case()
+    parts = format.pack(layer, quantized)
+    parts["g_idx"][5] = 4
+    with pytest.raises(SourceError, match="g_idx names groups"):
         format.unpack(layer, parts)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
+from roundel.errors import GridError
 from roundel.formats.format import Contents, Format, Found, WordLayout, matching_override
 from roundel.formats.words import find_words, pack_words, refuse_words, unpack_words, word_outputs
 from roundel.scheme import Scheme
@@ -32,12 +33,12 @@ class AutoGptq(Format):
     """GPTQ version 1; reads version 2 too."""
 
     name: ClassVar[str] = "auto_gptq"
-    summary: ClassVar[str] = "GPTQ v1, desc_act off: GPTQModel, transformers, vLLM"
+    summary: ClassVar[str] = "GPTQ v1: GPTQModel, transformers, vLLM"
     layout: WordLayout = VERSION_1
     quantization: Mapping[str, object] = field(default_factory=dict)
 
     def refuse(self, layer: Layer) -> str | None:
-        return refuse_words(layer, self.name, (2, 3, 4, 8), "gptq")
+        return refuse_words(layer, self.name, (2, 3, 4, 8), "gptq", group_index=True)
 
     def grid_of(self, scheme: Scheme) -> Scheme:
         if not scheme.is_integer or scheme.weight.symmetric:
@@ -51,6 +52,8 @@ class AutoGptq(Format):
         return word_outputs(layer, self.layout)
 
     def pack(self, layer: Layer, weight: QuantizedTensor) -> dict[str, Tensor]:
+        if weight.group_index is not None and not layer.permuted:  # readers that trust desc_act would not look at it
+            raise GridError(f"{layer.name} has a group index, and the file's config says that no layer has")
         return pack_words(weight, self.layout)
 
     def unpack(self, layer: Layer, stored: Mapping[str, Tensor]) -> QuantizedTensor:
@@ -75,7 +78,7 @@ class AutoGptq(Format):
             "checkpoint_format": "gptq",
             "damp_percent": 0.01,
             "data_type": "int",
-            "desc_act": False,
+            "desc_act": any(layer.permuted for layer in contents.layers),
             "group_size": default.group_size,
             "lm_head": any(layer.role == "head" for layer in contents.layers),
             "meta": {"quantizer": ["roundel"]},

@@ -27,6 +27,8 @@ def refuse_mx(layer: Layer, name: str) -> str | None:
     scheme = layer.scheme
     if scheme.is_integer or scheme.weight.scale != "E8M0":
         return f"{name} stores MXFP4 and MXFP8, {scheme.name} is neither"
+    if layer.permuted:
+        return f"{name} cannot store which group each column belongs to"
     if layer.shape[1] % 32:
         return f"{scheme.name} needs whole groups, {layer.shape[1]} inputs are not divisible by 32"
     return None

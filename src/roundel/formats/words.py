@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from roundel.errors import SourceError
+from roundel.errors import GridError, SourceError
 from roundel.formats.format import Found, WordLayout
 from roundel.scheme import integer_scheme
 from roundel.tensor import FLOAT_DTYPES, QuantizedTensor, TensorSpec
@@ -28,14 +28,16 @@ __all__ = ["find_words", "pack_words", "refuse_words", "unpack_words", "word_out
 BITS = {"gptq": (2, 3, 4, 5, 6, 7, 8), "awq": (4,)}
 
 
-def refuse_words(layer: Layer, name: str, bits: tuple[int, ...], order: str) -> str | None:
-    """Why a format with these widths cannot store a layer, or None."""
+def refuse_words(layer: Layer, name: str, bits: tuple[int, ...], order: str, group_index: bool = False) -> str | None:
+    """Why a format with these widths cannot store a layer, or None. group_index: whether it stores g_idx."""
     scheme = layer.scheme
     if not scheme.is_integer or scheme.input is not None:
         return f"{name} stores weight-only integers, {scheme.name} is none"
     if scheme.bits not in bits:
         allowed = f"{bits[0]}-bit only" if len(bits) == 1 else f"{', '.join(map(str, bits[:-1]))} or {bits[-1]} bits"
         return f"{name} stores {allowed}, {scheme.name} asks for {scheme.bits}"
+    if layer.permuted and not group_index:
+        return f"{name} cannot store which group each column belongs to, which act_order needs without static_groups"
     if order == "gptq" and layer.shape[1] * scheme.bits % 32:
         return f"{name} readers take whole 32-bit words, {layer.shape[1]} inputs of {scheme.bits} bits do not fill them"
     if order == "awq":
@@ -66,10 +68,13 @@ def word_outputs(layer: Layer, layout: WordLayout) -> tuple[TensorSpec, ...]:
 
 
 def pack_words(weight: QuantizedTensor, layout: WordLayout) -> dict[str, Tensor]:
-    """A quantized matrix -> its parts."""
+    """A quantized matrix -> its parts. Raises GridError for a group index that the layout has no place for."""
     import torch
 
     from roundel.ops.bits import pack_awq, pack_stream
+
+    if weight.group_index is not None and not layout.group_index:
+        raise GridError("these words hold groups of columns that lie side by side, and no group index")
 
     bits, (out, width) = weight.grid.element.bits, weight.shape
     middle = 1 << (bits - 1)
@@ -90,12 +95,13 @@ def pack_words(weight: QuantizedTensor, layout: WordLayout) -> dict[str, Tensor]
         }
     parts["scales"] = scales
     if layout.group_index:
-        parts["g_idx"] = _group_index(width, weight.grid.block_of((out, width))[1])
+        index = weight.group_index
+        parts["g_idx"] = _group_index(width, weight.grid.block_of((out, width))[1]) if index is None else index.int()
     return parts
 
 
 def unpack_words(layer: Layer, stored: Mapping[str, Tensor], layout: WordLayout) -> QuantizedTensor:
-    """Parts -> the quantized matrix: the inverse of `pack_words`. Raises SourceError for an order no grid holds."""
+    """Parts -> the quantized matrix: the inverse of `pack_words`. Raises SourceError for parts that contradict."""
     import torch
 
     from roundel.ops.bits import unpack_awq, unpack_stream
@@ -110,14 +116,9 @@ def unpack_words(layer: Layer, stored: Mapping[str, Tensor], layout: WordLayout)
     zeros = ((zeros.to(torch.int16) + layout.zero_offset) & ((1 << bits) - 1)).to(torch.uint8).contiguous()
     scale = stored["scales"].T.contiguous()
     columns = scheme.weight.block_of(layer.shape)[1]
-    if "g_idx" in stored and not torch.equal(stored["g_idx"].long(), _group_index(width, columns).long()):
-        raise SourceError(
-            f"{layer.name}: its g_idx orders columns by activation (desc_act), so its groups are no blocks of the "
-            f"matrix. "
-            "Quantize from the original model, or use a checkpoint made with desc_act=false or static_groups=true."
-        )
+    index = _stored_index(layer, stored["g_idx"], scale.shape[1], columns) if "g_idx" in stored else None
     if not scheme.weight.symmetric:
-        return QuantizedTensor(grid=scheme.weight, codes=codes, scale=scale, zero=zeros)
+        return QuantizedTensor(grid=scheme.weight, codes=codes, scale=scale, zero=zeros, group_index=index)
     middle = 1 << (bits - 1)
     if not bool((zeros == middle).all()):
         raise SourceError(
@@ -126,7 +127,7 @@ def unpack_words(layer: Layer, stored: Mapping[str, Tensor], layout: WordLayout)
             "not describe its tensors; set sym to false in its quantization_config."
         )
     signed = (codes.to(torch.int16) - middle).to(torch.int8)
-    return QuantizedTensor(grid=scheme.weight, codes=signed, scale=scale)
+    return QuantizedTensor(grid=scheme.weight, codes=signed, scale=scale, group_index=index)
 
 
 def find_words(
@@ -205,3 +206,18 @@ def _group_index(width: int, columns: int) -> Tensor:
     import torch
 
     return (torch.arange(width) // columns).to(torch.int32)
+
+
+def _stored_index(layer: Layer, index: Tensor, groups: int, columns: int) -> Tensor | None:
+    """A stored g_idx; None where columns of a group lie side by side."""
+    import torch
+
+    if torch.equal(index.long(), _group_index(len(index), columns).long()):
+        return None
+    low, high = (int(v) for v in index.aminmax())
+    if low < 0 or high >= groups:
+        raise SourceError(
+            f"{layer.name}: its g_idx names groups {low} to {high}, and it has {groups}. The file is damaged; fetch "
+            "the checkpoint again."
+        )
+    return index.to(torch.int32)
