@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from calibration.cases import Case, make_case, tokens_of
+from calibration.cases import Case, make_case, tokens_of, weights_of
 from models import pico
 from roundel.calibration.skeleton import Skeleton
-from roundel.checkpoint import open_checkpoint
+from roundel.checkpoint import Checkpoint, open_checkpoint
 from roundel.errors import PlanError, SourceError
 from roundel.families import family_of
 
@@ -101,10 +102,59 @@ def test_a_checkpoint_may_be_named_as_newer_releases_name_it() -> None:
     assert skeleton.tail.name == "lm_head"
 
 
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "pad_token_id": 2,
+}
+
+
+def saved(model_type: str, folder: Path, **settings: Any) -> tuple[Any, Checkpoint]:
+    """A model that transformers draws and saves, and its checkpoint."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(model_type, **(SMALL | settings))
+    made = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    made.save_pretrained(folder)
+    return made, open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("bloom", {"n_head": 4, "n_layer": 2}),  # ALiBi, norms behind an embedding whose name no family knows
+        ("granitemoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),  # fused under names that no rule splits
+        ("falcon_h1", {}),  # an infinity in its config.json
+        ("gpt_neox", {}),  # attention and MLP side by side
+        ("ernie4_5_moe", {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32}),
+    ],
+)
+def test_types_without_a_family_run_too(model_type: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    model, checkpoint = saved(model_type, tmp_path, **settings)
+    assert checkpoint.family.guess
+    skeleton = Skeleton(checkpoint.source.config, checkpoint.family, checkpoint.tensor_names)
+    case = Case(checkpoint, model, skeleton, weights_of(skeleton, checkpoint))
+    tokens = tokens_of(2)
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+        torch.testing.assert_close(case.logits(tokens), expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
+
+
+def test_a_block_that_is_given_several_streams_is_refused(tmp_path: Path) -> None:
+    """Gemma 3n carries four hidden states, and embeddings of the tokens into every block."""
+    settings = {"vocab_size_per_layer_input": 256, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 1}
+    _, checkpoint = saved("gemma3n_text", tmp_path, laurel_rank=8, head_dim=16, **settings)
+    with pytest.raises(PlanError, match=r"block 0 is called with an argument \(shared_kv_states\).*opt-rtn"):
+        Skeleton(checkpoint.source.config, checkpoint.family, checkpoint.tensor_names)
+
+
 def test_a_packed_checkpoint_runs_with_what_it_decodes_to(tmp_path: Path) -> None:
     """gpt_oss as on the Hub, its experts in MXFP4: transformers given the decoded matrices is the reference."""
-    from roundel.calibration.skeleton import Skeleton
-
     plain, packed = tmp_path / "plain", tmp_path / "packed"
     case = make_case("gpt_oss", plain)
     pico.build("gpt_oss", packed, dtype="float32", sliding_window=16)

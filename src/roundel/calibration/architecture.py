@@ -41,12 +41,14 @@ def empty_model(
     Raises PlanError, with the model type, when transformers has no class for it, when its code may not be run, and when
     the class refuses the config.
     """
-    settings = {key: value for key, value in config.items() if key not in UNLIKE_LOADING}
+    settings = {key: _spelled_out(value) for key, value in config.items() if key not in UNLIKE_LOADING}
     with quiet():
         try:
             kind, made = _native(settings) or _shipped(settings, folder, trust_remote_code)
             with torch.device("meta"), _Definite(not kind.__module__.startswith("transformers.models.")):
                 model: nn.Module = kind._from_config(made, dtype=dtype)
+                # one expert after the other, where they are not taken apart: faster ways want weights that are laid out
+                made._experts_implementation = "eager"
         except WRONG as error:
             raise PlanError(
                 f"transformers cannot build a {config.get('model_type')!r} model of this config.json "
@@ -166,6 +168,15 @@ def _shipped(settings: Mapping[str, Any], folder: Path | None, trust_remote_code
     config_class = get_class_from_dynamic_module(shipped["AutoConfig"], str(folder))
     model_class = get_class_from_dynamic_module(shipped["AutoModelForCausalLM"], str(folder))
     return model_class, config_class.from_dict(dict(settings))
+
+
+def _spelled_out(value: object) -> object:
+    """Settings with numbers that JSON has no way to write, {"__float__": "Infinity"}, as numbers."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"}:
+            return float(str(value["__float__"]))
+        return {key: _spelled_out(inner) for key, inner in value.items()}
+    return [_spelled_out(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _put(model: nn.Module, name: str, tensor: torch.Tensor) -> None:

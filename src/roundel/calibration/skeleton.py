@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -72,8 +72,9 @@ class Skeleton:
             self._block(n, f"{stored}.{n}", f"{path}.{n}", spelling) for n in range(len(self._recorders))
         )
         end = self._named(behind, spelling, family)
-        head = next((end[name] for name in self._head_weights() if name in end), f"{family.head}.weight")
-        self.tail = Block(head.removesuffix(".weight"), self._model, end, self._finish)
+        heads = [spelling.tensors[name] for name in self._weights_of("output") if name in spelling.tensors]
+        name = heads[0].removesuffix(".weight") if heads else family.head
+        self.tail = Block(name, self._model, end, self._finish)
 
     def enter(self, tokens: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """The states that enter the first block, [samples, tokens, hidden], for token ids [samples, tokens].
@@ -141,22 +142,27 @@ class Skeleton:
         return watch.before, watch.behind
 
     def _named(self, names: Iterable[str], spelling: Spelling, family: Family) -> dict[str, str]:
-        """Parameters of the model -> tensors of the checkpoint. A head without one is tied; it goes by its own name."""
+        """Parameters of the model -> tensors of the checkpoint.
+
+        A head without a tensor is tied. It goes by its own name, or by the embedding's, if the family does not know that.
+        """
         found: dict[str, str] = {}
         for name in names:
             if name in spelling.tensors:
                 found[name] = spelling.tensors[name]
-            elif name in self._head_weights():
-                found[name] = f"{family.head}.weight"
+            elif name in self._weights_of("output"):
+                embeddings = [spelling.tensors.get(other) for other in self._weights_of("input")]
+                known = family.embedding in embeddings or not any(embeddings)
+                found[name] = f"{family.head}.weight" if known else next(filter(None, embeddings))
             else:
                 raise self._missing(name)
         return found
 
-    def _head_weights(self) -> list[str]:
-        """What the model calls the weight of its output head."""
+    def _weights_of(self, end: Literal["input", "output"]) -> list[str]:
+        """What the model calls the weight of its embedding, or of its head."""
         model: Any = self._model
-        head: nn.Module | None = model.get_output_embeddings()
-        return [f"{path}.weight" for path, module in self._model.named_modules() if module is head]
+        found: nn.Module | None = model.get_input_embeddings() if end == "input" else model.get_output_embeddings()
+        return [f"{path}.weight" for path, module in self._model.named_modules() if module is found]
 
     def _block(self, number: int, stored: str, path: str, spelling: Spelling) -> Block:
         recorder = self._recorders[number]
