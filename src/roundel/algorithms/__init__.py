@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from roundel.algorithms.algorithm import Algorithm, Rounded
 from roundel.algorithms.rtn import Rtn
+from roundel.algorithms.signround import SignRound
 from roundel.errors import RecipeError, nearest
 
-__all__ = ["ALGORITHMS", "Algorithm", "Rounded", "Rtn", "algorithm_named"]
+__all__ = ["ALGORITHMS", "Algorithm", "Rounded", "Rtn", "SignRound", "algorithm_named"]
 
-ALGORITHMS: dict[str, Algorithm] = {a.name: a for a in (Rtn(),)}
+ALGORITHMS: dict[str, Algorithm] = {a.name: a for a in (Rtn(), SignRound())}
 
 
 def algorithm_named(name: str) -> Algorithm:

@@ -1,0 +1,253 @@
+"""Rounding that can be learned: a shift for every weight, a factor for every block's range. Definitions, in float32.
+
+Source: SignRound (Cheng et al., 2023, arXiv 2309.05516), equations 3 to 5: with a shift V and range factors,
+
+    steps  = weight / scale + V
+    weight ≈ nearest(steps) * scale
+
+where nearest is clamped to the codes of the grid, and scale (and zero) follow from the block's range times its
+factors. Gradients pass straight through rounding (Bengio et al., 2013) and stop where a code is clamped. Instead of
+the range of the weights, the range of any start on the grid can be the one that is multiplied.
+
+Steps and codes are counted from the zero point here: they are the values by which the scale is multiplied. For the MX
+floats they are values of the element, and the scale is a power of two; its exponent is rounded straight through too.
+
+`ops/numba/learned_rounding.py` holds the faster spelling of `round_matrix` and `descend`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from roundel.ops import use_kernels
+from roundel.ops.fit import SMALLEST_SCALE, fit_power_of_two, grouped
+from roundel.ops.minifloat import decode_e8m0, round_e2m1, round_e4m3
+from roundel.scheme import Grid
+from roundel.tensor import QuantizedTensor, code_values, plain
+
+__all__ = [
+    "Gradients",
+    "Learned",
+    "Range",
+    "begin",
+    "clamp_factors",
+    "descend",
+    "finish",
+    "fit_range",
+    "gradients",
+    "round_matrix",
+]
+
+LARGEST_SCALE = 65504.0  # of float16
+SMALLEST_FACTOR, LARGEST_FACTOR = 2.0**-24, 2.0  # the smallest is divided by; 0 is allowed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """A matrix whose rounding is being learned; shift and factors are changed in place.
+
+    weight   [out, in] float32
+    grid     integers, e2m1 or e4m3, in blocks of (1, n) or (1, 0)
+    shift    [out, in], in steps of the scale; 0 at the start
+    low      [out, blocks] factor of the lower end of the range; None on symmetric grids, whose range has one end
+    high     [out, blocks] factor of the range, or of its upper end; 1 at the start, kept within 0 and LARGEST_FACTOR
+    lower, upper   [out, blocks] the range at the start. Symmetric integers: upper is the signed scale itself, and
+             lower is not used. MX: upper is the largest magnitude
+    """
+
+    weight: Tensor
+    grid: Grid
+    shift: Tensor
+    low: Tensor | None
+    high: Tensor
+    lower: Tensor | None
+    upper: Tensor
+
+    @property
+    def columns(self) -> int:
+        """Weights in a block."""
+        return self.grid.block_of((self.weight.shape[0], self.weight.shape[1]))[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """What the factors come to: scale [out, blocks] float32 (a float16 or a power of two), and zero likewise, a whole
+    number; 0 on symmetric grids."""
+
+    scale: Tensor
+    zero: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """Of a loss: with respect to shift [out, in], low [out, blocks] (None on symmetric grids) and high."""
+
+    shift: Tensor
+    low: Tensor | None
+    high: Tensor
+
+
+def begin(weight: Tensor, start: QuantizedTensor) -> Learned:
+    """The matrix [out, in] with shifts of 0, on the scales of `start`: it rounds to nearest on them.
+
+    weight   float32, contiguous
+    """
+    grid, scale = start.grid, plain(start.scale)
+    ones = torch.ones_like(scale)
+    low: Tensor | None = None
+    lower: Tensor | None = None
+    if grid.scale == "E8M0":
+        # The weights' largest magnitude, moved to where it would give the exponent that the start has.
+        blocks = grouped(weight, grid.block_of(start.shape)[1])
+        upper = blocks.abs().amax(-1) * (scale / decode_e8m0(fit_power_of_two(blocks, grid)))
+    elif start.zero is None:
+        upper = scale
+    else:
+        zero = start.zero.float()
+        low, lower, upper = ones.clone(), -zero * scale, (grid.element.hi - zero) * scale
+    return Learned(
+        weight=weight, grid=grid, shift=torch.zeros_like(weight), low=low, high=ones, lower=lower, upper=upper
+    )
+
+
+def fit_range(learned: Learned) -> Range:
+    """Scales and zero points of the present factors.
+
+    Symmetric: scale = upper * high. MX: the power of two that `fit_power_of_two` gives upper * high. Asymmetric: ends
+    lower * low and upper * high; scale = (end - end) / (2^bits - 1); zero = round(-lower end / scale), half to even.
+    """
+    grid, high = learned.grid, learned.upper * learned.high
+    if grid.scale == "E8M0":
+        scale = decode_e8m0(fit_power_of_two(high[..., None], grid))
+        return Range(scale=scale, zero=torch.zeros_like(scale))
+    if learned.low is None or learned.lower is None:
+        return Range(scale=_half(high), zero=torch.zeros_like(high))
+    low = learned.lower * learned.low
+    scale = _half((high - low) / grid.element.hi)
+    return Range(scale=scale, zero=torch.round(-low / scale).clamp(grid.lowest_zero, grid.element.hi))
+
+
+def round_matrix(learned: Learned, found: Range, out: Tensor | None = None) -> Tensor:
+    """The rounded weights [out, in], float32, in `out` if that is given: what `finish` will decode to, bit for bit."""
+    if use_kernels() and learned.weight.device.type == "cpu":
+        from roundel.ops.numba.learned_rounding import round_kernel
+
+        return round_kernel(learned, found, torch.empty_like(learned.weight) if out is None else out)
+    rounded = round_matrix_reference(learned, found)
+    return rounded if out is None else out.copy_(rounded)
+
+
+def round_matrix_reference(learned: Learned, found: Range) -> Tensor:
+    """`round_matrix` in plain torch, on any device."""
+    return _flat(_nearest(_steps(learned, found), learned.grid, found) * found.scale[..., None], learned)
+
+
+def gradients(learned: Learned, found: Range, gradient: Tensor) -> Gradients:
+    """From the gradient [out, in] of a loss with respect to the rounded weights.
+
+    With inside = 1 where |steps - nearest| <= 1/2 (integers) or |steps| <= largest (MX), else 0:
+    by shift = gradient * scale * inside;  by scale = sum of gradient * (nearest - inside * weight / scale);
+    by zero = sum of -gradient * scale * (1 - inside).
+    """
+    steps, nearest, inside = _at(learned, found)
+    spread = grouped(gradient, learned.columns)
+    by_scale = (spread * (nearest - inside * (steps - grouped(learned.shift, learned.columns)))).sum(-1)
+    clamped = (spread * ~inside).sum(-1)
+    low, high = _by_factors(learned, found, by_scale, clamped)
+    return Gradients(shift=_flat(spread * found.scale[..., None] * inside, learned), low=low, high=high)
+
+
+def descend(learned: Learned, found: Range, gradient: Tensor, *, rate: float, range_rate: float) -> None:
+    """One step of signed gradient descent: shift -= rate * sign(gradient by shift), factors likewise, in place.
+
+    gradient   [out, in], of the loss with respect to the rounded weights
+    """
+    if use_kernels() and learned.weight.device.type == "cpu":
+        from roundel.ops.numba.learned_rounding import descend_kernel
+
+        by_scale, clamped = descend_kernel(learned, found, gradient, rate)
+        low, high = _by_factors(learned, found, by_scale, clamped)
+    else:
+        found_gradients = gradients(learned, found, gradient)
+        learned.shift.sub_(rate * found_gradients.shift.sign())
+        low, high = found_gradients.low, found_gradients.high
+    learned.high.sub_(range_rate * high.sign())
+    if learned.low is not None and low is not None:
+        learned.low.sub_(range_rate * low.sign())
+    clamp_factors(learned)
+
+
+def clamp_factors(learned: Learned) -> None:
+    """Bring factors back within 0 and LARGEST_FACTOR, in place."""
+    learned.high.clamp_(0.0, LARGEST_FACTOR)
+    if learned.low is not None:
+        learned.low.clamp_(0.0, LARGEST_FACTOR)
+
+
+def finish(learned: Learned) -> QuantizedTensor:
+    """The codes, scales and zero points that the present shifts and factors come to."""
+    grid, found = learned.grid, fit_range(learned)
+    steps = _steps(learned, found)
+    if grid.scale == "E8M0":
+        codes = round_e2m1(steps) if grid.element.name == "e2m1" else round_e4m3(steps)
+        exponents = (torch.frexp(found.scale).exponent - 1 + 127).to(torch.uint8)
+        return QuantizedTensor(grid=grid, codes=_flat(codes, learned), scale=exponents.view(torch.float8_e8m0fnu))
+    codes = _nearest(steps, grid, found) + found.zero[..., None]
+    return QuantizedTensor(
+        grid=grid,
+        codes=_flat(codes.to(torch.int8 if grid.symmetric else torch.uint8), learned),
+        scale=found.scale.half(),
+        zero=None if grid.symmetric else found.zero.to(torch.uint8),
+    )
+
+
+def _by_factors(learned: Learned, found: Range, by_scale: Tensor, clamped: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Gradients by low and high, from that by scale and from the sum of gradients where codes are clamped."""
+    if learned.low is None or learned.lower is None:
+        # MX: the scale is proportional to high once the rounding of its exponent is passed straight through.
+        is_float = learned.grid.scale == "E8M0"
+        return None, by_scale * (found.scale / learned.high.clamp(min=SMALLEST_FACTOR) if is_float else learned.upper)
+    largest, end = learned.grid.element.hi, learned.lower * learned.low
+    by_zero = -clamped * found.scale * (torch.round(-end / found.scale) == found.zero)  # 0 where zero is clamped
+    by_scale = by_scale + by_zero * end / found.scale.square()
+    by_lower = -by_scale / largest - by_zero / found.scale
+    return by_lower * learned.lower, by_scale / largest * learned.upper
+
+
+def _steps(learned: Learned, found: Range) -> Tensor:
+    """weight / scale + shift in blocks [out, blocks, columns]."""
+    return grouped(learned.weight, learned.columns) / found.scale[..., None] + grouped(learned.shift, learned.columns)
+
+
+def _nearest(steps: Tensor, grid: Grid, found: Range) -> Tensor:
+    """Code values counted from zero, in blocks."""
+    if grid.scale == "E8M0":
+        if grid.element.name == "e2m1":
+            return code_values(round_e2m1(steps), grid)
+        return round_e4m3(steps).float()
+    zero = found.zero[..., None]
+    return torch.round(steps.clamp(grid.element.lo - zero, grid.element.hi - zero))
+
+
+def _at(learned: Learned, found: Range) -> tuple[Tensor, Tensor, Tensor]:
+    """(steps, nearest, inside), each in blocks."""
+    steps = _steps(learned, found)
+    nearest = _nearest(steps, learned.grid, found)
+    if learned.grid.scale == "E8M0":
+        return steps, nearest, steps.abs() <= learned.grid.element.hi
+    return steps, nearest, (steps - nearest).abs() <= 0.5
+
+
+def _flat(blocks: Tensor, learned: Learned) -> Tensor:
+    """[out, blocks, columns] -> [out, in]"""
+    return blocks.flatten(1)[:, : learned.weight.shape[1]].contiguous()
+
+
+def _half(scale: Tensor) -> Tensor:
+    """Rounded to float16, at least SMALLEST_SCALE in magnitude and finite; float32."""
+    smallest = torch.tensor(SMALLEST_SCALE, dtype=torch.float16).item()
+    half = scale.half().float().clamp(-LARGEST_SCALE, LARGEST_SCALE)
+    return torch.where(half < 0, half.clamp(max=-smallest), half.clamp(min=smallest))

@@ -1,0 +1,196 @@
+"""Learned rounding in numba: one pass over the weights forward, one backward. See `ops.learned_rounding`.
+
+Both read the weights, the shifts and (backward) the gradient once, and write once; what they need twice they compute
+twice, which costs less than memory. Rows are shared out among as many threads as torch uses.
+
+Rounded weights and shifts are bit-equal to the definition. Sums over a block are taken in another order than torch's,
+so they agree to float32 rounding of the sum of magnitudes only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from roundel.ops.learned_rounding import Learned, Range
+from roundel.scheme import Grid
+
+__all__ = ["descend_kernel", "round_kernel"]
+
+HALF, ZERO = np.float32(0.5), np.float32(0.0)
+WEIGHTS_A_THREAD = 1 << 18  # fewer are not worth a thread
+
+_jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
+_inline = numba.njit(nogil=True, error_model="numpy", inline="always")
+_sums = numba.njit(
+    cache=True, nogil=True, error_model="numpy", boundscheck=False, fastmath={"reassoc", "nsz", "contract"}
+)
+
+
+def round_kernel(learned: Learned, found: Range, out: Tensor) -> Tensor:
+    """`ops.learned_rounding.round_matrix`."""
+    arrays = _arrays(learned.weight, learned.shift, found.scale, found.zero, out)
+    weight, shift, scale, zero, filled = arrays
+    group, grid = learned.columns, learned.grid
+    low, high, mantissa, smallest = _element(grid)
+
+    def rows(begin: int, end: int) -> None:
+        part = slice(begin, end)
+        if grid.element.is_integer:
+            _round_integers(weight[part], shift[part], scale[part], zero[part], group, low, high, filled[part])
+        else:
+            _round_floats(weight[part], shift[part], scale[part], group, high, mantissa, smallest, filled[part])
+
+    _share(rows, weight.shape[0], weight.shape[1])
+    return out
+
+
+def descend_kernel(learned: Learned, found: Range, gradient: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    """Moves `learned.shift` as `ops.learned_rounding.descend` does.
+
+    returns  [out, blocks] sums: of gradient * (nearest - inside * weight / scale), and of gradient * (1 - inside)
+    """
+    by_scale, clamped = torch.empty_like(found.scale), torch.empty_like(found.scale)
+    arrays = _arrays(gradient, learned.weight, learned.shift, found.scale, found.zero, by_scale, clamped)
+    slope, weight, shift, scale, zero, first, second = arrays
+    group, grid, step = learned.columns, learned.grid, np.float32(rate)
+    low, high, mantissa, smallest = _element(grid)
+
+    def rows(begin: int, end: int) -> None:
+        part = slice(begin, end)
+        given = slope[part], weight[part], shift[part], scale[part]
+        if grid.element.is_integer:
+            _descend_integers(*given, zero[part], group, low, high, step, first[part], second[part])
+        else:
+            _descend_floats(*given, group, high, mantissa, smallest, step, first[part], second[part])
+
+    _share(rows, weight.shape[0], weight.shape[1])
+    return by_scale, clamped
+
+
+@_jit
+def _round_integers(weight, shift, scale, zero, group, low, high, out):  # type: ignore[no-untyped-def]
+    rows, width = weight.shape
+    for row in range(rows):
+        for block in range((width + group - 1) // group):
+            begin = block * group
+            n = min(group, width - begin)
+            w, v, filled = weight[row, begin : begin + n], shift[row, begin : begin + n], out[row, begin : begin + n]
+            s = scale[row, block]
+            lowest, highest = low - zero[row, block], high - zero[row, block]
+            for i in range(n):
+                steps = min(max(w[i] / s + v[i], lowest), highest)
+                filled[i] = np.rint(steps) * s
+
+
+@_sums
+def _descend_integers(gradient, weight, shift, scale, zero, group, low, high, rate, by_scale, clamped):  # type: ignore[no-untyped-def]
+    rows, width = weight.shape
+    for row in range(rows):
+        for block in range((width + group - 1) // group):
+            begin = block * group
+            n = min(group, width - begin)
+            w, v, g = weight[row, begin : begin + n], shift[row, begin : begin + n], gradient[row, begin : begin + n]
+            s = scale[row, block]
+            lowest, highest = low - zero[row, block], high - zero[row, block]
+            step = rate if s > ZERO else -rate
+            total, outside = ZERO, ZERO
+            for i in range(n):
+                ratio = w[i] / s
+                steps = ratio + v[i]
+                nearest = np.rint(min(max(steps, lowest), highest))
+                inside = abs(steps - nearest) <= HALF
+                total += g[i] * (nearest - (ratio if inside else ZERO))
+                outside += ZERO if inside else g[i]
+                move = step if g[i] > ZERO else (-step if g[i] < ZERO else ZERO)
+                v[i] -= move if inside else ZERO
+            by_scale[row, block] = total
+            clamped[row, block] = outside
+
+
+@_inline
+def _nearest_float(steps, high, mantissa, smallest):  # type: ignore[no-untyped-def]
+    """The element nearest to `steps`, half to even."""
+    size = np.float32(min(abs(steps), high))
+    # The grid's spacing at a value is a power of two, below the smallest normal that of the subnormals.
+    exponent = max(size.view(np.uint32) & np.uint32(0x7F800000), smallest)
+    spacing = np.uint32(exponent - mantissa).view(np.float32)
+    nearest = np.rint(size / spacing) * spacing
+    return -nearest if steps < ZERO else nearest
+
+
+@_jit
+def _round_floats(weight, shift, scale, group, high, mantissa, smallest, out):  # type: ignore[no-untyped-def]
+    rows, width = weight.shape
+    for row in range(rows):
+        for block in range((width + group - 1) // group):
+            begin = block * group
+            n = min(group, width - begin)
+            w, v, filled = weight[row, begin : begin + n], shift[row, begin : begin + n], out[row, begin : begin + n]
+            s = scale[row, block]
+            for i in range(n):
+                filled[i] = _nearest_float(w[i] / s + v[i], high, mantissa, smallest) * s
+
+
+@_sums
+def _descend_floats(gradient, weight, shift, scale, group, high, mantissa, smallest, rate, by_scale, clamped):  # type: ignore[no-untyped-def]
+    rows, width = weight.shape
+    for row in range(rows):
+        for block in range((width + group - 1) // group):
+            begin = block * group
+            n = min(group, width - begin)
+            w, v, g = weight[row, begin : begin + n], shift[row, begin : begin + n], gradient[row, begin : begin + n]
+            s = scale[row, block]
+            total, outside = ZERO, ZERO
+            for i in range(n):
+                ratio = w[i] / s
+                steps = ratio + v[i]
+                nearest = _nearest_float(steps, high, mantissa, smallest)
+                inside = abs(steps) <= high
+                total += g[i] * (nearest - (ratio if inside else ZERO))
+                outside += ZERO if inside else g[i]
+                move = rate if g[i] > ZERO else (-rate if g[i] < ZERO else ZERO)
+                v[i] -= move if inside else ZERO
+            by_scale[row, block] = total
+            clamped[row, block] = outside
+
+
+def _element(grid: Grid) -> tuple[np.float32, np.float32, np.uint32, np.uint32]:
+    """(lowest, highest, fraction bits as a float32's exponent counts them or 0 for integers, bits of the smallest
+    normal)."""
+    if grid.element.is_integer:
+        return np.float32(grid.element.lo), np.float32(grid.element.hi), np.uint32(0), np.uint32(0)
+    mantissa, smallest = (1, 1.0) if grid.element.name == "e2m1" else (3, 2.0**-6)
+    bits = np.uint32(mantissa << 23), np.float32(smallest).view(np.uint32)
+    return np.float32(grid.element.lo), np.float32(grid.element.hi), *bits
+
+
+def _arrays(*tensors: Tensor) -> list[np.ndarray]:
+    found = [tensor.detach().contiguous() for tensor in tensors]
+    assert all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors[1:])  # those may be written to
+    return [tensor.numpy() for tensor in found]
+
+
+def _share(work: Callable[[int, int], None], rows: int, width: int) -> None:
+    """Run work(begin, end) over all rows, in threads if there is enough of it."""
+    threads = max(1, min(torch.get_num_threads(), rows * width // WEIGHTS_A_THREAD))
+    if threads == 1:
+        return work(0, rows)
+    ends = [rows * i // threads for i in range(threads + 1)]
+    first, *rest = pairwise(ends)
+    waiting = [_pool(threads).submit(work, *part) for part in rest]
+    work(*first)
+    for each in waiting:
+        each.result()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads - 1, thread_name_prefix="rounding")
