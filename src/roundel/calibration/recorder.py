@@ -81,8 +81,8 @@ class Kind:
         except WRONG as error:
             reason = f"{type(error).__name__}: {error}"
             raise PlanError(
-                f"A block of {type(block).__name__} cannot be run on hidden states alone ({reason}). Choose an algorithm "
-                "that looks at no data, such as opt-rtn."
+                f"A block of {type(block).__name__} cannot be run on hidden states alone ({reason}). Choose an "
+                "algorithm that looks at no data, such as opt-rtn."
             ) from error
         self.outputs = len(output) if isinstance(output, tuple) else 0
         self.deaf = heard.has_passed

@@ -144,7 +144,7 @@ class Skeleton:
     def _named(self, names: Iterable[str], spelling: Spelling, family: Family) -> dict[str, str]:
         """Parameters of the model -> tensors of the checkpoint.
 
-        A head without a tensor is tied. It goes by its own name, or by the embedding's, if the family does not know that.
+        A head without a tensor is tied. It goes by its own name; by the embedding's where the family does not know it.
         """
         found: dict[str, str] = {}
         for name in names:
