@@ -8,16 +8,17 @@ from torch import Tensor
 from roundel.ops.fit import fit_asymmetric, fit_power_of_two, fit_symmetric, grouped
 from roundel.ops.minifloat import decode_e8m0, round_e2m1, round_e4m3
 from roundel.scheme import Grid
-from roundel.tensor import QuantizedTensor
+from roundel.tensor import QuantizedTensor, plain
 
-__all__ = ["encode", "encode_reference"]
+__all__ = ["encode", "encode_reference", "encode_scaled"]
 
 
 def encode(weight: Tensor, grid: Grid) -> QuantizedTensor:
     """Round a matrix to a grid, with scales fitted to each block's range.
 
     weight   [out, in], any float dtype, finite; rounded as float32
-    grid     integers, or e2m1 / e4m3 with power-of-two scales; blocks are (1, n) or (1, 0)
+    grid     integers, e2m1 / e4m3 with power-of-two scales, or e2m1 with e4m3 scales and one float for the matrix
+             (NVFP4); blocks are (1, n) or (1, 0)
     """
     from roundel.ops import use_kernels
 
@@ -35,8 +36,10 @@ def encode_reference(weight: Tensor, grid: Grid) -> QuantizedTensor:
     out, width = weight.shape
     columns = grid.block_of((out, width))[1]
     groups = grouped(weight.float(), columns)
+    if isinstance(grid.scale, Grid):
+        return encode_scaled(weight, grid, _fit_nvfp(groups, grid.scale))
     if grid.scale == "E8M0":
-        return _encode_mx(groups, grid, width)
+        return encode_scaled(weight, grid, fit_power_of_two(groups, grid).view(torch.float8_e8m0fnu))
     bits = grid.element.bits
     zero: Tensor | None = None
     if grid.symmetric:
@@ -50,9 +53,27 @@ def encode_reference(weight: Tensor, grid: Grid) -> QuantizedTensor:
     return QuantizedTensor(grid=grid, codes=codes.flatten(1)[:, :width].contiguous(), scale=scale, zero=zero)
 
 
-def _encode_mx(groups: Tensor, grid: Grid, width: int) -> QuantizedTensor:
-    exponents = fit_power_of_two(groups, grid)
-    scaled = groups / decode_e8m0(exponents)[..., None]
+def encode_scaled(weight: Tensor, grid: Grid, scale: Tensor | QuantizedTensor) -> QuantizedTensor:
+    """Round a matrix to e2m1 or e4m3 with scales that are given, as they are stored; a block of scale 0 becomes 0."""
+    out, width = weight.shape
+    groups = grouped(weight.float(), grid.block_of((out, width))[1])
+    if isinstance(scale, QuantizedTensor):
+        steps = plain(scale)
+        scaled = groups * torch.where(steps == 0, 0.0, 1 / steps)[..., None]
+    else:
+        scaled = groups / decode_e8m0(scale.view(torch.uint8))[..., None]
     codes = round_e2m1(scaled) if grid.element.name == "e2m1" else round_e4m3(scaled)
-    scale = exponents.view(torch.float8_e8m0fnu)
     return QuantizedTensor(grid=grid, codes=codes.flatten(1)[:, :width].contiguous(), scale=scale)
+
+
+def _fit_nvfp(groups: Tensor, grid: Grid) -> QuantizedTensor:
+    """NVFP4's scales: the tensor's largest weight gets the largest scale, 448, and each block's largest the code 6.
+
+    The order of operations is auto-round's (max * (1/6), products by reciprocals), so that the bits are.
+    """
+    largest = groups.abs().amax(-1)
+    whole = largest.amax()
+    upscale = torch.where(whole > 0, 448.0 * 6.0 / whole, 0.0)
+    codes = round_e4m3(upscale * (largest * (1.0 / 6.0)))
+    outer = torch.where(whole > 0, 1 / upscale, 1.0).view(1, 1)
+    return QuantizedTensor(grid=grid, codes=codes, scale=outer)

@@ -1,0 +1,117 @@
+"""Optimized RTN: rounding to nearest with the scale (and zero point) of least squared error for each block.
+
+The search is `ops.search`. Without data, all weights of a block count alike. With `imatrix` each counts as much as the
+mean square of the input it meets: sum_j E[x_j^2] (w_j - decoded_j)^2 is the expected squared error of an output, if
+inputs do not go together. Inputs are taken from the quantized stream: they are what the rounded layer will meet, and
+the one stream that a plan has anyway. What correlated inputs would allow (GPTQ) is not used here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from roundel.algorithms.algorithm import Rounded
+from roundel.errors import RecipeError
+from roundel.scheme import Grid
+from roundel.unit import Layer, Unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Inputs", "OptRtn", "mean_squares"]
+
+FLOOR = 1e-6  # of the mean: the least importance of a channel, for one that was silent may speak elsewhere
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What entered a layer: the mean square of each channel [in] over its tokens, float32."""
+
+    mean_square: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptRtn:
+    """Rounding to nearest with searched scales.
+
+    imatrix      weights are counted by the mean square of the inputs they meet, which needs data
+    min_tokens   with imatrix: a layer that saw fewer is searched as without
+    """
+
+    name: ClassVar[str] = "opt-rtn"
+    summary: ClassVar[str] = "round to nearest, scales searched for least error; no data needed, a minute"
+    paper: ClassVar[str] = "the search of llama.cpp's make_qx_quants and auto-round's optimized RTN, made nearly exact"
+
+    imatrix: bool = False
+    min_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        if self.min_tokens < 1:
+            raise RecipeError(f"opt-rtn: min_tokens={self.min_tokens} is not possible: it is at least 1.")
+
+    @property
+    def reads_activations(self) -> bool:
+        return self.imatrix
+
+    @property
+    def reads_float_stream(self) -> bool:
+        return False
+
+    def passes(self, samples: int, batch: int) -> float:
+        return 1.0 if self.imatrix else 0.0
+
+    def refuse(self, layer: Layer) -> str | None:
+        grid = layer.scheme.weight
+        if grid.element.is_integer:
+            known = grid.scale == "F16"
+        else:
+            known = grid.scale == "E8M0" or (grid.element.name == "e2m1" and isinstance(grid.scale, Grid))
+        if grid.block[0] != 1 or not known:
+            return f"opt-rtn rounds to integers, MX floats and NVFP4, not to {layer.scheme.name}"
+        return None
+
+    def quantize(self, unit: Unit) -> dict[str, Rounded]:
+        import torch
+
+        inputs = mean_squares(unit) if self.imatrix else {}
+        # A unit with inputs is alone; units without are handed to as many workers as there are cores.
+        threads = torch.get_num_threads() if self.imatrix else 1
+        return {layer.name: self._one(unit, layer, inputs.get(layer.name), threads) for layer in unit.layers}
+
+    def _one(self, unit: Unit, layer: Layer, inputs: Inputs | None, threads: int) -> Rounded:
+        from roundel.ops.search import search
+
+        importance, fallback = None, None
+        tokens = inputs.tokens if inputs is not None else 0
+        if inputs is not None and tokens >= self.min_tokens:
+            importance = inputs.mean_square.clamp(min=FLOOR * float(inputs.mean_square.mean()))
+        elif self.imatrix:
+            seen = f"{tokens} tokens reached it, fewer than {self.min_tokens}" if tokens else "no token reached it"
+            fallback = f"{seen}: searched without their weight"
+        found = search(unit.weight(layer), layer.scheme.weight, importance, threads)
+        return Rounded(
+            tensor=found.tensor,
+            error=found.error,
+            baseline=found.baseline,
+            tokens=tokens if self.imatrix else None,
+            fallback=fallback,
+        )
+
+
+def mean_squares(unit: Unit) -> Mapping[str, Inputs]:
+    """What enters each layer of the unit that any token reaches, by layer name. One pass over the inputs."""
+    sums: dict[str, Tensor] = {}
+    tokens: dict[str, int] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        if x.shape[0] == 0:
+            return
+        added = x.float().square().sum(0).double()
+        sums[name] = sums[name] + added if name in sums else added
+        tokens[name] = tokens.get(name, 0) + x.shape[0]
+
+    unit.entering().observe(see, unit.weights, stream="quantized")
+    return {name: Inputs((total / tokens[name]).float(), tokens[name]) for name, total in sums.items()}

@@ -1,0 +1,110 @@
+"""Hessians: accumulation, factors, the ladder of dampings, and the loss they state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from roundel.ops import hessian as module
+from roundel.ops.hessian import add_outer, factorize, mirror, proxy_loss
+
+
+def moments(width: int, tokens: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, width, generator=generator) @ torch.randn(width, width, generator=generator)
+    return x.T @ x / tokens
+
+
+@pytest.fixture(params=[256, 16], ids=["one block", "several blocks"])
+def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(module, "BLOCK", request.param)
+    return int(request.param)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_accumulated_in_parts_it_is_the_product(block: int, dtype: torch.dtype) -> None:
+    total, x = torch.zeros(70, 70), torch.randn(3, 40, 70).to(dtype)
+    for each in x:
+        add_outer(total, each)
+    mirror(total)
+    whole = x.flatten(0, 1).float()
+    torch.testing.assert_close(total, whole.T @ whole)
+    assert torch.equal(total, total.T)
+
+
+def test_factors_are_the_hessian(block: int) -> None:
+    hessian = moments(70, 300)
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(1))
+    factors = factorize(hessian.clone(), order, damping=0.02)
+    assert factors is not None
+    assert factors.damping == 0.02
+    unit = factors.upper.triu(1) + torch.eye(70)
+    permuted = hessian[order][:, order]
+    torch.testing.assert_close(
+        unit @ torch.diag(factors.strength) @ unit.T, permuted + torch.diag(factors.added), rtol=1e-4, atol=1e-3
+    )
+    torch.testing.assert_close(factors.added, torch.full((70,), 0.02 * float(hessian.diagonal().mean())))
+
+
+def test_the_loss_is_the_quadratic_form(block: int) -> None:
+    hessian = moments(70, 300)
+    hessian[7], hessian[:, 7] = 0, 0  # a column that saw nothing costs nothing
+    order = torch.randperm(70)
+    factors = factorize(hessian.clone(), order)
+    assert factors is not None
+    error = torch.randn(5, 70)
+    exact = ((error @ hessian) * error).sum(1)
+    torch.testing.assert_close(proxy_loss(error[:, order].T.contiguous(), factors).float(), exact, rtol=1e-4, atol=1e-3)
+
+
+def test_columns_that_saw_nothing_take_and_give_no_feedback() -> None:
+    hessian = moments(32, 100)
+    hessian[[3, 9]], hessian[:, [3, 9]] = 0, 0
+    factors = factorize(hessian, torch.arange(32))
+    assert factors is not None
+    upper = factors.upper.triu(1)
+    assert (upper[[3, 9]] == 0).all()
+    assert (upper[:, [3, 9]] == 0).all()
+    assert (factors.strength[[3, 9]] > 0).all()
+
+
+def test_a_singular_hessian_is_damped(block: int) -> None:
+    factors = factorize(moments(64, 5), torch.arange(64))  # 5 tokens, 64 columns
+    assert factors is not None
+    assert factors.damping == 0.01
+    undamped = factorize(torch.ones(64, 64), torch.arange(64), damping=0.0)
+    assert undamped is not None
+    assert undamped.damping > 0
+
+
+def test_the_ladder_climbs_until_it_holds(block: int) -> None:
+    """A matrix that no sum of squares makes: its smallest eigenvalue is -0.1 of the mean diagonal."""
+    hessian = moments(48, 200)
+    values, vectors = torch.linalg.eigh(hessian)
+    values[0] = -0.1 * hessian.diagonal().mean()
+    broken = vectors @ torch.diag(values) @ vectors.T
+    broken = (broken + broken.T) / 2
+    factors = factorize(broken.clone(), torch.arange(48), damping=0.01, step=0.01)
+    assert factors is not None
+    assert 0.1 < factors.damping < 0.4  # 0.01 plus the first of .01, .02, .04 ... that is enough
+    unit = factors.upper.triu(1) + torch.eye(48)
+    made = unit @ torch.diag(factors.strength) @ unit.T
+    torch.testing.assert_close(made, broken + torch.diag(factors.added), rtol=1e-3, atol=1e-3)
+
+
+def test_floors_come_after_damping(block: int) -> None:
+    hessian = torch.eye(48) * 1e-8
+    hessian[0, 0] = 1.0
+    hessian[1, 2] = hessian[2, 1] = 0.05  # far more than the geometric mean of its diagonal entries
+    factors = factorize(hessian, torch.arange(48), damping=0.0)
+    assert factors is not None
+    assert factors.damping == 1.0
+    assert factors.added[1] > 0.05
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_what_cannot_be_factored_is_told_not_raised(value: float) -> None:
+    assert factorize(torch.full((16, 16), value), torch.arange(16)) is None
+    hopeless = -1e6 * (torch.ones(16, 16) - torch.eye(16)) + torch.eye(16)
+    assert factorize(hopeless, torch.arange(16)) is None
