@@ -26,7 +26,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 # The tools that roundel is compared with, each in an environment of its own; never imported by ours.
-peers: $(PEERS)/auto-round/.ready $(PEERS)/gptqmodel/.ready
+peers: $(PEERS)/auto-round/.ready $(PEERS)/gptqmodel/.ready $(PEERS)/llmcompressor/.ready $(PEERS)/hqq/.ready
 
 $(PEERS)/auto-round/.ready: constraints.txt
 	$(PYTHON) -m venv $(PEERS)/auto-round
@@ -43,6 +43,20 @@ $(PEERS)/gptqmodel/.ready: constraints.txt
 	    datasets==5.2.0 defuser==0.0.28 device-smi==0.5.7 dill logbar==0.4.15 maturin ninja pillow protobuf pyarrow \
 	    pypcre==0.6.4 requests threadpoolctl tokenicer==0.0.14
 	$(call PIP,$(PEERS)/gptqmodel) --no-deps gptqmodel==7.7.0
+	touch $@
+
+# llm-compressor takes transformers up to 5.17 only.
+$(PEERS)/llmcompressor/.ready: constraints.txt
+	$(PYTHON) -m venv $(PEERS)/llmcompressor
+	$(call PIP,$(PEERS)/llmcompressor) torch==2.13.0
+	$(call PIP,$(PEERS)/llmcompressor) torch==2.13.0 llmcompressor==0.14.0.1 compressed-tensors==0.19.0 \
+	    transformers==5.17.0 accelerate==1.15.0 datasets==5.2.0
+	touch $@
+
+$(PEERS)/hqq/.ready: constraints.txt
+	$(PYTHON) -m venv $(PEERS)/hqq
+	$(call PIP,$(PEERS)/hqq) torch==2.13.0
+	$(call PIP,$(PEERS)/hqq) torch==2.13.0 hqq==0.2.8.post1 transformers==5.23.0 accelerate==1.15.0
 	touch $@
 
 # Bit for bit against auto-round, and our files in the runtimes that read them.
