@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from roundel.checkpoint import Matrix
 from roundel.errors import PlanError, nearest
@@ -77,7 +78,7 @@ def layers_of(
             continue
         for format in formats:
             scheme = format.grid_of(scheme)
-        layer = matrix.layer(scheme)
+        layer = replace(matrix.layer(scheme), permuted=algorithm.permutes)
         layers.append(layer)
         reasons = [
             *((f"{step.name}", step.refuse(layer)) for step in recipe.chain.transforms),

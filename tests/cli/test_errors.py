@@ -73,7 +73,10 @@ def test_2_makes_no_sense(name: str, options: str, message: str, model: Path, ou
 
 def test_2_recipes_that_make_no_sense(model: Path, tmp_path: Path) -> None:
     for text, message in (
-        ('{"shcheme": "W4A16"}', "A recipe has no field 'shcheme'. Did you mean 'scheme'? Fields are activation_dtype, algorithm"),
+        (
+            '{"shcheme": "W4A16"}',
+            "A recipe has no field 'shcheme'. Did you mean 'scheme'? Fields are activation_dtype, algorithm",
+        ),
         ('{"scheme": 4}', "Recipe field scheme is 4; it takes str"),
         ('{"formats": [1]}', "Recipe field formats is [1]; it takes a list of names"),
         ("scheme", "is not a mapping in JSON or YAML"),

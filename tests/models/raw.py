@@ -47,5 +47,7 @@ def plant(folder: Path, tensor: str, index: int, value: float, dtype: str = "bfl
 
 def hashes(folder: Path) -> dict[str, str]:
     """sha256 of every file below a folder, by name; those that hold times left out."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in ("log.jsonl", "report.html"))
+    files = sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.name not in ("log.jsonl", "report.html")
+    )
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}

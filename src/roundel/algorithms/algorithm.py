@@ -29,7 +29,7 @@ class Rounded:
 
 
 class Algorithm(Protocol):
-    """A frozen dataclass: its fields are the hyperparameters and their defaults.
+    """A frozen dataclass that inherits from this: its fields are the hyperparameters and their defaults.
 
     Fields are int, float, bool, str or None unions of these, so that they can stand in a recipe and on a command line;
     `__post_init__` raises RecipeError for a value that makes no sense.
@@ -46,9 +46,16 @@ class Algorithm(Protocol):
     @property
     def reads_float_stream(self) -> bool:
         """Whether it asks for the streams "float" and "target" beside "quantized"."""
+        return False
+
+    @property
+    def permutes(self) -> bool:
+        """Whether columns are put into groups that do not lie side by side, so that a format must store an index."""
+        return False
 
     def passes(self, samples: int, batch: int) -> float:
         """What it costs, in forward passes of a unit over all samples; a backward pass counts two. For estimates."""
+        return 1.0 if self.reads_activations else 0.0
 
     def refuse(self, layer: Layer) -> str | None:
         """Why this layer is out of reach, or None. Asked at plan time."""

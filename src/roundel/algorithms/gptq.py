@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from roundel.algorithms.algorithm import Rounded
+from roundel.algorithms.algorithm import Algorithm, Rounded
 from roundel.algorithms.hessians import Collector, Hessian, stages
 from roundel.errors import RecipeError
 from roundel.scheme import Grid
@@ -73,7 +73,7 @@ def gptq(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gptq:
+class Gptq(Algorithm):
     """Rounding with feedback.
 
     damping          share of the Hessian's mean diagonal that is added to its diagonal (paper: percdamp)

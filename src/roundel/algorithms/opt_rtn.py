@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from roundel.algorithms.algorithm import Rounded
+from roundel.algorithms.algorithm import Algorithm, Rounded
 from roundel.errors import RecipeError
 from roundel.scheme import Grid
 from roundel.unit import Layer, Unit
@@ -34,7 +34,7 @@ class Inputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptRtn:
+class OptRtn(Algorithm):
     """Rounding to nearest with searched scales.
 
     imatrix      weights are counted by the mean square of the inputs they meet, which needs data

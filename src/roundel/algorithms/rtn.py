@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from roundel.algorithms.algorithm import Rounded
+from roundel.algorithms.algorithm import Algorithm, Rounded
 from roundel.unit import Layer, Unit
 
 __all__ = ["Rtn"]
 
 
 @dataclass(frozen=True)
-class Rtn:
+class Rtn(Algorithm):
     """Plain rounding, half to even, in float32."""
 
     name: ClassVar[str] = "rtn"

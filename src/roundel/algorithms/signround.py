@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from roundel.algorithms.algorithm import Rounded
+from roundel.algorithms.algorithm import Algorithm, Rounded
 from roundel.errors import RecipeError
 from roundel.unit import Layer, Unit
 
@@ -24,7 +24,7 @@ CHOICES = {"start": ("search", "rtn"), "optimizer": ("sign", "adam"), "schedule"
 
 
 @dataclass(frozen=True)
-class SignRound:
+class SignRound(Algorithm):
     """Learned rounding; all layers of a unit together.
 
     iters       steps of each unit; 0 keeps the start
