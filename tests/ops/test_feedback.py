@@ -1,7 +1,8 @@
-"""Rounding with feedback: GPTQ as its paper says it, one column at a time, is what the blocks, factors and kernels do."""
+"""Rounding with feedback: blocks, factors and kernels do what GPTQ's paper says, one column at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -25,8 +26,18 @@ from roundel.ops.minifloat import decode_e8m0, round_e2m1, round_e4m3
 from roundel.ops.numba.feedback import round_block_by_kernel, trial_losses_by_kernel
 from roundel.scheme import Grid, Scheme
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SCHEMES = ("W2A16G32", "W3A16G32_ASYM", "W4A16G16", "W4A16G-1", "W5A16G48_ASYM", "W8A16G64", "MXFP4", "MXFP8")
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Matrices this small are not worth two threads, which wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def problem(width: int, rows: int = 24, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -82,7 +93,7 @@ def rounded(
         places = arrangement.order.argsort()
         columns = grid.block_of((weight.shape[0], weight.shape[1]))[1]
         fixed = static_scales(weight.T.contiguous(), factors.strength[places], columns, grid, options.get("trials", 6))
-    codes, scales = round_columns(ordered, factors, arrangement, grid, fixed=fixed, **options)
+    _, scales = round_columns(ordered, factors, arrangement, grid, fixed=fixed, **options)
     decoded = torch.empty_like(weight)
     decoded[:, arrangement.order] = weight[:, arrangement.order] - ordered.T
     return decoded, ordered, scales
@@ -220,14 +231,10 @@ def test_static_groups_keep_their_own_ranges_in_any_order() -> None:
         arrangement = arrange(hessian.diagonal(), 32, static_groups=True, **options)
         factors = factorize(hessian.clone(), arrangement.order)
         assert factors is not None
-        decoded, _, scales = rounded(weight, factors, arrangement, grid, trials=0)
+        _, _, scales = rounded(weight, factors, arrangement, grid, trials=0)
         for group in range(4):
             own, _ = fit_asymmetric(weight[:, 32 * group : 32 * group + 32], 4)
             assert torch.equal(scales.scale[group], own.float())
-        assert (
-            (weight - decoded).abs().T
-            <= 1.5 * scales.scale[arrangement.order.argsort() * 0 + torch.arange(128) // 32] + 1e3
-        ).all()
 
 
 def test_the_search_keeps_the_smallest_zero_point() -> None:
@@ -266,9 +273,9 @@ def test_kernels_are_their_definitions(name: str, columns: int) -> None:
     assert (levels == expected).float().mean() > 0.999
     alike = (levels == expected).all(0)
     torch.testing.assert_close(ours[:, alike], theirs[:, alike], rtol=1e-5, atol=1e-6)
-    losses = trial_losses_by_kernel(target, weight, coupling, strength, scales, grid)
+    losses = trial_losses_by_kernel(target, coupling, strength, scales, grid)
     torch.testing.assert_close(
-        losses, trial_losses_reference(target, weight, coupling, strength, scales, grid), rtol=1e-4, atol=1e-6
+        losses, trial_losses_reference(target, coupling, strength, scales, grid), rtol=1e-4, atol=1e-6
     )
 
 

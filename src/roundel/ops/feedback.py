@@ -84,7 +84,9 @@ def round_columns(
             here = target[start - first : end - first]
             here.addmm_(upper[first:start, start:end].T, weight[first:start])
             if fixed is None:
-                found = _searched(here, weight[start:end], factors, start, grid, trials)
+                found = _searched(
+                    _answered(here, weight[start:end], upper[start:end, start:end]), factors, start, grid, trials
+                )
                 scales.scale[group], scales.lowest[group] = found.scale[0], found.lowest[0]
             for begin, stop, _ in _pieces(start, end):
                 piece = here[begin - start : stop - start]
@@ -112,34 +114,44 @@ def static_scales(weight: Tensor, strength: Tensor, columns: int, grid: Grid, tr
             total = torch.zeros_like(tried.scale)
             for begin, stop, _ in _pieces(0, len(group)):
                 piece, coupling = group[begin:stop], alone[: stop - begin, : stop - begin]
-                total += trial_losses(piece, piece, coupling, counted[begin:stop], tried, grid)
+                total += trial_losses(piece, coupling, counted[begin:stop], tried, grid)
             return total
 
         found.append(_search(group, losses, grid, trials))
     return Scales(scale=torch.cat([f.scale for f in found]), lowest=torch.cat([f.lowest for f in found]))
 
 
-def _searched(target: Tensor, weight: Tensor, factors: Factors, start: int, grid: Grid, trials: int) -> Scales:
+def _answered(target: Tensor, weight: Tensor, upper: Tensor) -> Tensor:
+    """Where the columns of a group cost least, given the errors of all columns before it [columns, rows].
+
+    A target t_j holds what is fed to column j if the columns between are at their targets too; if instead they are
+    where they cost least, it is  w + (t - w) U^-1.
+    """
+    moved: Tensor = torch.linalg.solve_triangular(upper.T, target - weight, upper=False, unitriangular=True)
+    return moved.add_(weight)
+
+
+def _searched(values: Tensor, factors: Factors, start: int, grid: Grid, trials: int) -> Scales:
     """The scale [1, rows] of the group whose first column is at `start`, its pieces' own feedback included."""
 
     def losses(tried: Scales) -> Tensor:
         total = torch.zeros_like(tried.scale)
-        for begin, stop, _ in _pieces(0, len(target)):
+        for begin, stop, _ in _pieces(0, len(values)):
             coupling = _coupling(factors.upper, start + begin, start + stop)
             counted = factors.strength[start + begin : start + stop]
-            total += trial_losses(target[begin:stop], weight[begin:stop], coupling, counted, tried, grid)
+            total += trial_losses(values[begin:stop], coupling, counted, tried, grid)
         return total
 
-    return _search(target, losses, grid, trials)
+    return _search(values, losses, grid, trials)
 
 
-def _search(target: Tensor, losses: Callable[[Scales], Tensor], grid: Grid, trials: int) -> Scales:
-    """The best scale [1, rows] for a group of targets [columns, rows]; what plain rounding takes is among the trials.
+def _search(values: Tensor, losses: Callable[[Scales], Tensor], grid: Grid, trials: int) -> Scales:
+    """The best scale [1, rows] for a group of values [columns, rows]; what plain rounding takes is among the trials.
 
     First shares of the range, then what lies around each row's best, twice as near each time. A symmetric grid has one
     more code below zero than above, so its scale is tried with both signs.
     """
-    low, high = target.amin(0).clamp(max=0), target.amax(0).clamp(min=0)
+    low, high = values.amin(0).clamp(max=0), values.amax(0).clamp(min=0)
     if grid.scale == "E8M0":
         tried = _exponents(low, high, grid, (0, 1, -1) if trials else (0,))
         return tried.chosen(losses(tried).argmin(0)) if trials else tried
@@ -194,35 +206,31 @@ def _exponents(low: Tensor, high: Tensor, grid: Grid, changes: Sequence[int]) ->
     return Scales(scale=scale, lowest=torch.full_like(scale, grid.element.lo))
 
 
-def trial_losses(
-    target: Tensor, weight: Tensor, coupling: Tensor, strength: Tensor, tried: Scales, grid: Grid
-) -> Tensor:
+def trial_losses(values: Tensor, coupling: Tensor, strength: Tensor, tried: Scales, grid: Grid) -> Tensor:
     """What rounding some columns costs with each of several scales: sum over columns of strength * |t - w'|^2.
 
-    target, weight   [columns, rows]: with and without the errors of earlier columns
-    coupling         [columns, columns]: below its diagonal, at [j, i], what of column i's error is fed to column j
-    tried            [trials, rows]
-    returns          [trials, rows]
+    values     [columns, rows]: where they cost least, given all earlier errors
+    coupling   [columns, columns]: below its diagonal, at [j, i], what of column i's error is fed to column j
+    tried      [trials, rows]
+    returns    [trials, rows]
     """
     from roundel.ops import use_kernels
 
-    if use_kernels() and target.device.type == "cpu":
+    if use_kernels() and values.device.type == "cpu":
         from roundel.ops.numba.feedback import trial_losses_by_kernel
 
-        return trial_losses_by_kernel(target, weight, coupling, strength, tried, grid)
-    return trial_losses_reference(target, weight, coupling, strength, tried, grid)
+        return trial_losses_by_kernel(values, coupling, strength, tried, grid)
+    return trial_losses_reference(values, coupling, strength, tried, grid)
 
 
-def trial_losses_reference(
-    target: Tensor, weight: Tensor, coupling: Tensor, strength: Tensor, tried: Scales, grid: Grid
-) -> Tensor:
+def trial_losses_reference(values: Tensor, coupling: Tensor, strength: Tensor, tried: Scales, grid: Grid) -> Tensor:
     """`trial_losses` in plain torch."""
-    which = torch.zeros(len(target), dtype=torch.int64, device=target.device)
+    which = torch.zeros(len(values), dtype=torch.int64, device=values.device)
     losses = []
     for trial in range(len(tried.scale)):
-        scales, error = tried.taken(trial), weight.clone()
-        levels = round_block_reference(target, error, coupling, scales, which, grid)
-        fed = target + coupling.tril(-1) @ error
+        scales, error = tried.taken(trial), values.clone()
+        levels = round_block_reference(values, error, coupling, scales, which, grid)
+        fed = values + coupling.tril(-1) @ error
         losses.append((strength[:, None] * (fed - levels * scales.scale).square()).sum(0))
     return torch.stack(losses)
 
@@ -230,9 +238,10 @@ def trial_losses_reference(
 def round_block(target: Tensor, weight: Tensor, coupling: Tensor, scales: Scales, which: Tensor, grid: Grid) -> Tensor:
     """Round some columns one after the other. Returns levels [columns, rows]: codes minus zero points, as float32.
 
-    target, coupling   as `trial_losses` takes them
-    weight             [columns, rows], overwritten with the errors w - w'
-    scales, which      [n, rows], and which of the n each column takes
+    target          [columns, rows], fed with the errors of all earlier columns
+    weight          [columns, rows], overwritten with the errors w - w'
+    coupling        as `trial_losses` takes it
+    scales, which   [n, rows], and which of the n each column takes
     """
     from roundel.ops import use_kernels
 

@@ -28,7 +28,7 @@ TARGETS, WEIGHTS, ERRORS, LEVELS = 0, 1, 2, 3  # planes of a tile
 EXPONENT = np.uint32(0x7F800000)
 
 _jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False, fastmath={"contract", "nsz"})
-_plain = numba.njit(inline="always")
+_plain = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 
 
 def round_block_by_kernel(
@@ -43,15 +43,13 @@ def round_block_by_kernel(
     return levels
 
 
-def trial_losses_by_kernel(
-    target: Tensor, weight: Tensor, coupling: Tensor, strength: Tensor, tried: Scales, grid: Grid
-) -> Tensor:
+def trial_losses_by_kernel(values: Tensor, coupling: Tensor, strength: Tensor, tried: Scales, grid: Grid) -> Tensor:
     """`ops.feedback.trial_losses`."""
     losses = torch.empty_like(tried.scale)
-    arrays = [_array(t) for t in (target, weight, coupling, strength, tried.scale, tried.lowest, losses)]
+    arrays = [_array(t) for t in (values, coupling, strength, tried.scale, tried.lowest, losses)]
     fraction, least = MINIFLOATS.get(grid.element.name, (-1, 0))
     span = np.float32(grid.element.hi - grid.element.lo)
-    _over_rows(target.shape[1], lambda start, end: _try_rows(*arrays, span, fraction, least, start, end))
+    _over_rows(values.shape[1], lambda start, end: _try_rows(*arrays, span, fraction, least, start, end))
     return losses
 
 
@@ -207,17 +205,17 @@ def _round_rows(target, weight, coupling, scale, lowest, which, levels, span, fr
 
 
 @_jit
-def _try_rows(target, weight, coupling, strength, scale, lowest, losses, span, fraction, least, start, end):  # type: ignore[no-untyped-def]
+def _try_rows(values, coupling, strength, scale, lowest, losses, span, fraction, least, start, end):  # type: ignore[no-untyped-def]
     """Rows start..end of `trial_losses`."""
     held, coefficients = _buffers(coupling)
     counted = np.zeros(held.shape[1], np.float32)
-    counted[: target.shape[0]] = strength
+    counted[: values.shape[0]] = strength
     group = np.zeros(held.shape[1], np.int64)
     steps, bottoms = np.ones((1, TILE), np.float32), np.zeros((1, TILE), np.float32)
     loss = np.empty(TILE, np.float32)
     for begin in range(start, end, TILE):
         count = min(TILE, end - begin)
-        _take(target, weight, begin, count, held)
+        _take(values, values, begin, count, held)
         for trial in range(scale.shape[0]):
             for row in range(count):
                 steps[0, row] = scale[trial, begin + row]
