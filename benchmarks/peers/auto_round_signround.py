@@ -1,4 +1,4 @@
-"""auto-round's tuning loop on the first block of a checkpoint, timed step by step. Started in the peer's own environment.
+"""auto-round's tuning loop on the first block of a checkpoint, timed step by step. Started in its own environment.
 
 python auto_round_signround.py MODEL SCHEME STEPS SAMPLES TOKENS BATCH THREADS COMPILE
 
@@ -6,6 +6,7 @@ Prints one line of JSON: the seconds and the processor seconds between consecuti
 for its default (torch.compile), 0 without.
 """
 
+import itertools
 import json
 import sys
 import time
@@ -35,5 +36,5 @@ if __name__ == "__main__":
         loaded, AutoTokenizer.from_pretrained(model), scheme=scheme, iters=steps, seqlen=tokens, nsamples=samples,
         batch_size=batch, dataset=data, device_map="cpu", enable_torch_compile=bool(compiled),
     ).quantize()  # fmt: skip
-    gaps = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(moments, moments[1:], strict=False)]
+    gaps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(moments)]
     print(json.dumps({"seconds": [g[0] for g in gaps], "processor": [g[1] for g in gaps]}), flush=True)

@@ -64,9 +64,7 @@ def test_outputs_on_other_inputs_err_less(scheme: str) -> None:
     x = entering(other)
 
     def lost(tensors: Mapping[str, Tensor]) -> float:
-        return sum(
-            float((x[la.name] @ (tensors[la.name] - unit.weight(la)).T).square().mean()) for la in unit.layers
-        )
+        return sum(float((x[la.name] @ (tensors[la.name] - unit.weight(la)).T).square().mean()) for la in unit.layers)
 
     plain = {la.name: encode(unit.weight(la), la.scheme.weight).decode() for la in unit.layers}
     alike = {name: r.tensor.decode() for name, r in OptRtn().quantize(without_data(unit)).items()}

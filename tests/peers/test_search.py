@@ -22,9 +22,7 @@ from roundel.scheme import ELEMENTS, Grid, Scheme
 HERE = Path(__file__).parent
 PEERS = Path(os.environ.get("ROUNDEL_PEERS", HERE.parents[1] / ".peers"))
 PYTHON = PEERS / "auto-round" / "bin" / "python"
-NVFP4 = Grid(
-    element=ELEMENTS["e2m1"], block=(1, 16), scale=Grid(element=ELEMENTS["e4m3"], block=(0, 0), scale="F32")
-)
+NVFP4 = Grid(element=ELEMENTS["e2m1"], block=(1, 16), scale=Grid(element=ELEMENTS["e4m3"], block=(0, 0), scale="F32"))
 JOBS = ("W2A16G64", "W3A16G64", "W4A16G64", "W5A16G64", "MXFP4", "MXFP8", "NVFP4")
 
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason=f"auto-round is not installed: no {PYTHON}")
@@ -41,7 +39,7 @@ def matrices() -> dict[str, Tensor]:
             continue
         for dtype in (torch.bfloat16, torch.float32):
             key = f"{name}.{dtype}"
-            found[key] = weight[:48].to(dtype).contiguous()
+            found[key] = weight[:16].to(dtype).contiguous()
             drawn = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(number))
             found[f"{key}.known"] = found[key].clone()
             found[f"{key}.known.imatrix"] = torch.exp(1.5 * drawn)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from roundel.algorithms.algorithm import Algorithm, Rounded
 from roundel.algorithms.gptq import Gptq
+from roundel.algorithms.hqq import Hqq
 from roundel.algorithms.opt_rtn import OptRtn
 from roundel.algorithms.rtn import Rtn
 from roundel.algorithms.signround import SignRound
 from roundel.errors import RecipeError, nearest
 
-__all__ = ["ALGORITHMS", "Algorithm", "Gptq", "OptRtn", "Rounded", "Rtn", "SignRound", "algorithm_named"]
+__all__ = ["ALGORITHMS", "Algorithm", "Gptq", "Hqq", "OptRtn", "Rounded", "Rtn", "SignRound", "algorithm_named"]
 
-ALGORITHMS: dict[str, Algorithm] = {a.name: a for a in (Rtn(), Gptq(), OptRtn(), SignRound())}
+ALGORITHMS: dict[str, Algorithm] = {a.name: a for a in (Rtn(), Gptq(), OptRtn(), Hqq(), SignRound())}
 
 
 def algorithm_named(name: str) -> Algorithm:

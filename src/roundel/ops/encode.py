@@ -40,30 +40,32 @@ def encode_reference(weight: Tensor, grid: Grid) -> QuantizedTensor:
         return encode_scaled(weight, grid, _fit_nvfp(groups, grid.scale))
     if grid.scale == "E8M0":
         return encode_scaled(weight, grid, fit_power_of_two(groups, grid).view(torch.float8_e8m0fnu))
-    bits = grid.element.bits
-    zero: Tensor | None = None
     if grid.symmetric:
-        scale = fit_symmetric(groups, bits)
-    else:
-        scale, zero = fit_asymmetric(groups, bits, grid.lowest_zero)
-    codes = torch.round(groups / scale.float()[..., None])
-    if zero is not None:
-        codes = codes + zero.float()[..., None]
-    codes = codes.clamp(grid.element.lo, grid.element.hi).to(torch.uint8 if zero is not None else torch.int8)
-    return QuantizedTensor(grid=grid, codes=codes.flatten(1)[:, :width].contiguous(), scale=scale, zero=zero)
+        return encode_scaled(weight, grid, fit_symmetric(groups, grid.element.bits))
+    return encode_scaled(weight, grid, *fit_asymmetric(groups, grid.element.bits, grid.lowest_zero))
 
 
-def encode_scaled(weight: Tensor, grid: Grid, scale: Tensor | QuantizedTensor) -> QuantizedTensor:
-    """Round a matrix to e2m1 or e4m3 with scales that are given, as they are stored; a block of scale 0 becomes 0."""
+def encode_scaled(
+    weight: Tensor, grid: Grid, scale: Tensor | QuantizedTensor, zero: Tensor | None = None
+) -> QuantizedTensor:
+    """Round a matrix with scales and zero points that are given as they are stored; an NVFP4 block of scale 0 becomes
+    0."""
     out, width = weight.shape
     groups = grouped(weight.float(), grid.block_of((out, width))[1])
     if isinstance(scale, QuantizedTensor):
         steps = plain(scale)
         scaled = groups * torch.where(steps == 0, 0.0, 1 / steps)[..., None]
-    else:
+    elif grid.scale == "E8M0":
         scaled = groups / decode_e8m0(scale.view(torch.uint8))[..., None]
-    codes = round_e2m1(scaled) if grid.element.name == "e2m1" else round_e4m3(scaled)
-    return QuantizedTensor(grid=grid, codes=codes.flatten(1)[:, :width].contiguous(), scale=scale)
+    else:
+        scaled = groups / scale.float()[..., None]
+    if grid.element.is_integer:
+        shift = 0.0 if zero is None else zero.float()[..., None]
+        whole = (torch.round(scaled) + shift).clamp(grid.element.lo, grid.element.hi)
+        codes = whole.to(torch.int8 if zero is None else torch.uint8)
+    else:
+        codes = round_e2m1(scaled) if grid.element.name == "e2m1" else round_e4m3(scaled)
+    return QuantizedTensor(grid=grid, codes=codes.flatten(1)[:, :width].contiguous(), scale=scale, zero=zero)
 
 
 def _fit_nvfp(groups: Tensor, grid: Grid) -> QuantizedTensor:

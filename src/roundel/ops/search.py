@@ -39,6 +39,7 @@ __all__ = [
     "chosen_scales",
     "float_scales",
     "ladder",
+    "rows_of",
     "search",
     "search_reference",
     "squared_error",
@@ -371,6 +372,11 @@ def chosen_scales(tried: Sequence[Tensor | QuantizedTensor], index: Tensor) -> T
     taken = stacked.gather(0, index.long()[None])[0].view(codes[0].dtype)
     first = tried[0]
     return replace(first, codes=taken) if isinstance(first, QuantizedTensor) else taken
+
+
+def rows_of(scale: Tensor | QuantizedTensor, rows: slice) -> Tensor | QuantizedTensor:
+    """The scales of some rows of a matrix."""
+    return replace(scale, codes=scale.codes[rows]) if isinstance(scale, QuantizedTensor) else scale[rows]
 
 
 def _floats(weight: Tensor, plainly: QuantizedTensor, importance: Tensor | None) -> QuantizedTensor:

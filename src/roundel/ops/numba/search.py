@@ -3,8 +3,7 @@
 Sums run in several lanes, so that their last bits, and now and then a choice between two trials that are as good, are
 not the definition's: the error of a matrix agrees within 1e-6 of itself. What is stored is judged in float64 here as
 there. One core of an EPYC 7003 at 2.45 GHz searches, in millions of weights a second (benchmarks/search.py):
-W4G128 symmetric 40, asymmetric 21; W2G32 symmetric 20, asymmetric 12; MXFP4 60. Threads take rows, not cores of numba's own pool: its
-pool cannot be entered by several workers at once.
+W4G128 symmetric 40, asymmetric 21; W2G32 symmetric 20, asymmetric 12; MXFP4 60. X
 """
 
 from __future__ import annotations
@@ -18,13 +17,23 @@ import torch
 from torch import Tensor
 
 from roundel.ops.encode import encode, encode_scaled
-from roundel.ops.search import BETTER, NEIGHBOURS, REFINEMENTS, SHARE, Searched, chosen_scales, float_scales, ladder
+from roundel.ops.search import (
+    BETTER,
+    NEIGHBOURS,
+    REFINEMENTS,
+    SHARE,
+    Searched,
+    chosen_scales,
+    float_scales,
+    ladder,
+    rows_of,
+)
 from roundel.scheme import Grid
 from roundel.tensor import QuantizedTensor, plain
 
-__all__ = ["search_tensor"]
+__all__ = ["as_stored", "search_tensor"]
 
-SLAB = 1 << 20  # weights that a thread holds as float32
+SLAB = 1 << 18  # weights that a thread holds as float32
 HALF = np.float32(0.5)
 ZERO, ONE, TWO = np.float32(0.0), np.float32(1.0), np.float32(2.0)
 INFINITE = np.float32(np.inf)
@@ -96,16 +105,19 @@ def _floats(weight: Tensor, plainly: QuantizedTensor, counted: np.ndarray) -> tu
     tried = float_scales(plainly)
     steps = np.stack([plain(each).numpy() for each in tried])
     index = np.zeros(steps.shape[1:], np.uint8)
+    codes = plainly.codes
     mantissa, smallest = (1, 1.0) if grid.element.name == "e2m1" else (3, 2.0**-6)
     bounds = np.uint32(mantissa << 23), np.float32(smallest).view(np.uint32), np.float32(grid.element.hi)
 
     def work(slab: slice) -> np.ndarray:
-        sums = np.zeros(2)
-        search_floats(_rows(weight, slab), counted, group, *bounds, np.ascontiguousarray(steps[:, slab]), index[slab], sums)
+        sums, here = np.zeros(2), np.ascontiguousarray(steps[:, slab])
+        search_floats(_rows(weight, slab), counted, group, *bounds, here, index[slab], sums)
+        chosen = chosen_scales([rows_of(each, slab) for each in tried], torch.from_numpy(index[slab]))
+        codes[slab] = encode_scaled(weight[slab], grid, chosen).codes
         return sums
 
     def result() -> QuantizedTensor:
-        return encode_scaled(weight, grid, chosen_scales(tried, torch.from_numpy(index)))
+        return QuantizedTensor(grid=grid, codes=codes, scale=chosen_scales(tried, torch.from_numpy(index)))
 
     return work, result
 
@@ -171,7 +183,7 @@ def _stored_error(weight, importance, scale, shift, low, high):  # type: ignore[
 
 
 @_jit
-def _as_stored(step, bits, floats):  # type: ignore[no-untyped-def]
+def as_stored(step, bits, floats):  # type: ignore[no-untyped-def]
     """The nearest positive float16 step that can be stored; bits and floats share memory."""
     floats[0] = min(step, LARGEST_HALF)
     if floats[0] < np.float32(6.103515625e-05):  # a subnormal: a whole number of 2^-24
@@ -210,8 +222,8 @@ def search_integer(  # type: ignore[no-untyped-def]
     stored    [rows, in] float32
     counted   [in] float32, the importance
     count, widest, finest   the ladder of `ops.search`
-    codes     [rows, in] uint8, or the bits of int8 where symmetric; scales [rows, groups] float32, zeros [rows, groups] uint8 (not read where
-              symmetric): plain rounding's, replaced where a better scale is found
+    codes     [rows, in] uint8, or the bits of int8 where symmetric; scales [rows, groups] float32; zeros
+              [rows, groups] uint8 (not read where symmetric): plain rounding's, replaced where a better scale is found
     sums      [2] float64, added to: the error found, and plain rounding's
     """
     rows, width = stored.shape
@@ -297,14 +309,14 @@ def search_integer(  # type: ignore[no-untyped-def]
                     step = narrowed
             least = INFINITE
             kept = scale
-            step = _as_stored(best_step, one_bits, one_float)
+            step = as_stored(best_step, one_bits, one_float)
             for _ in range(REFINEMENTS):
                 error, slope = _trial(weight, importance, step, -best_zero, largest - best_zero)
                 if error < least:
                     least = error
                     kept = step
                 score, fitted = _fitted(error, slope, step, energy)
-                step = _as_stored(fitted, one_bits, one_float)
+                step = as_stored(fitted, one_bits, one_float)
             if symmetric:
                 if best_zero != half:
                     kept = -kept
