@@ -135,7 +135,7 @@ def duels(iters: int) -> tuple[Duel, ...]:
         ),
         Duel(
             algorithm="gptq",
-            options=("--act-order",),
+            options=("--act-order", "--format", "auto_gptq"),  # that one stores the group of each input
             peers=(_gptqmodel("GPTQ, act-order", desc_act=True),),
         ),
         Duel(

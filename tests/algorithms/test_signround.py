@@ -316,8 +316,11 @@ def test_unit_and_weights_are_left_alone() -> None:
 
 def test_rates_are_the_papers_for_few_bits_and_many_steps() -> None:
     two, four = make_unit("W2A16G32").layers[0], make_unit("W4A16G32").layers[0]
-    assert SignRound(iters=200, lr=0.01).rate(two) == 0.01
-    assert SignRound(iters=1000, optimizer="sign").rate(two) == 2 * SignRound(iters=1000, optimizer="sign").rate(four)
+    assert SignRound(iters=200, lr=0.01).rates(two) == (0.01, 0.01)
+    assert SignRound(iters=200, lr=0.01, minmax_lr=0.02).rates(two) == (0.01, 0.02)
+    assert SignRound(iters=200, lr=0.01, tune_range=False).rates(two) == (0.01, 0.0)
+    paper = SignRound(iters=1000, optimizer="sign")
+    assert (paper.rates(four)[0], paper.rates(two)[0]) == (0.001, 0.002)
 
 
 @pytest.mark.parametrize(

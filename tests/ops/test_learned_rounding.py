@@ -11,13 +11,16 @@ from torch import Tensor
 from ops.cases import KINDS, SHAPES, grids, weights
 from roundel.ops.encode import encode, encode_reference
 from roundel.ops.learned_rounding import (
+    FIRST,
     LARGEST_FACTOR,
+    SECOND,
     Learned,
     begin,
     descend,
     finish,
     fit_range,
     gradients,
+    remember,
     round_matrix,
     round_matrix_reference,
 )
@@ -148,6 +151,14 @@ def test_kernels_equal_their_definition(name: str, monkeypatch: pytest.MonkeyPat
             exact = by_scale_of(learned, slope)
             by_scale, _ = descend_kernel(copy_of(learned), found, slope, 0.0)
             assert (by_scale - exact).abs().max() <= bound
+            memory, others = remember(learned), remember(learned)
+            for step in (1, 2):
+                monkeypatch.setenv("ROUNDEL_REFERENCE", "1")
+                descend(other, found, slope, rate=0.01, range_rate=0.0, memory=others, step=step)
+                monkeypatch.setenv("ROUNDEL_REFERENCE", "0")
+                descend(moved, found, slope, rate=0.01, range_rate=0.0, memory=memory, step=step)
+                torch.testing.assert_close(moved.shift, other.shift, rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(memory.shift.second, others.shift.second, rtol=1e-5, atol=1e-30)
             sure = (exact.abs() > 2 * bound) if learned.low is None else torch.zeros_like(exact, dtype=torch.bool)
             assert torch.equal(moved.high[sure], other.high[sure])
 
@@ -216,3 +227,19 @@ def test_any_start_can_be_gone_on_from() -> None:
         assert torch.equal(plain(found.scale), plain(start.scale)), name
         if start.zero is not None and found.zero is not None:
             assert torch.equal(found.zero, start.zero), name
+
+
+def test_adam_is_torchs() -> None:
+    """Beside torch.optim.Adam with the same betas, on a matrix whose gradients are given."""
+    grid = grids()["W8A16"]
+    weight = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
+    learned = begin(weight, encode(weight, grid))
+    memory, expected = remember(learned), torch.zeros_like(weight, requires_grad=True)
+    optimizer = torch.optim.Adam([expected], lr=0.01, betas=(FIRST, SECOND), eps=1e-30)
+    for step in range(1, 6):
+        slope = torch.randn(4, 128, generator=torch.Generator().manual_seed(step))
+        found = fit_range(learned)
+        expected.grad = gradients(learned, found, slope).shift
+        descend(learned, found, slope, rate=0.01, range_rate=0.0, memory=memory, step=step)
+        optimizer.step()
+        torch.testing.assert_close(learned.shift, expected.detach(), rtol=1e-5, atol=1e-7)

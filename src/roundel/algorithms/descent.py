@@ -17,16 +17,7 @@ from torch import Tensor
 
 from roundel.algorithms.algorithm import Rounded
 from roundel.ops.encode import encode
-from roundel.ops.learned_rounding import (
-    Learned,
-    begin,
-    clamp_factors,
-    descend,
-    finish,
-    fit_range,
-    gradients,
-    round_matrix,
-)
+from roundel.ops.learned_rounding import Learned, begin, descend, finish, fit_range, remember, round_matrix
 from roundel.ops.search import search
 from roundel.tensor import QuantizedTensor
 from roundel.unit import Layer, Stream, Unit
@@ -143,9 +134,9 @@ class _Mover:
 
     def __init__(self, layer: Layer, how: SignRound, learned: Learned, rounded: Tensor) -> None:
         self.tensor, self.learned, self.rounded = layer.tensor, learned, rounded
-        self.rate = how.rate(layer)
-        self.range_rate = (how.minmax_lr or self.rate) if how.tune_range else 0.0
-        self.adam = _adam(learned) if how.optimizer == "adam" else None
+        self.rate, self.range_rate = how.rates(layer)
+        self.memory = remember(learned) if how.optimizer == "adam" else None
+        self.steps = 0
 
     def prepare(self, decay: float) -> None:
         """Fill `rounded` for a step whose sizes are `decay` times the first."""
@@ -158,25 +149,16 @@ class _Mover:
         gradient, leaf.grad = leaf.grad, None
         if gradient is None:
             return
-        rate, range_rate = self.rate * self.decay, self.range_rate * self.decay
-        if self.adam is None:
-            descend(self.learned, self.range, gradient, rate=rate, range_rate=range_rate)
-            return
-        found = gradients(self.learned, self.range, gradient)
-        self.learned.shift.grad, self.learned.high.grad = found.shift, found.high
-        if self.learned.low is not None:
-            self.learned.low.grad = found.low
-        for group, own in zip(self.adam.param_groups, (rate, range_rate), strict=True):
-            group["lr"] = own
-        self.adam.step()
-        self.adam.zero_grad()
-        clamp_factors(self.learned)
-
-
-def _adam(learned: Learned) -> torch.optim.Optimizer:
-    factors = [each for each in (learned.low, learned.high) if each is not None]
-    # Gradients of a mean over many outputs are small: epsilon must be smaller.
-    return torch.optim.AdamW([{"params": [learned.shift]}, {"params": factors}], eps=1e-20, weight_decay=0.0)
+        self.steps += 1
+        descend(
+            self.learned,
+            self.range,
+            gradient,
+            rate=self.rate * self.decay,
+            range_rate=self.range_rate * self.decay,
+            memory=self.memory,
+            step=self.steps,
+        )
 
 
 def _backward(
@@ -196,9 +178,10 @@ def _backward(
                 leaves[mover.tensor].register_post_accumulate_grad_hook(mover.move)  # type: ignore[no-untyped-call]
         target = entering.inputs(some, "target").float()
         output = entering.forward(entering.inputs(some, _stream(how)), leaves)
-        loss = (output.float() - target).square().mean() * (len(some) / len(samples))
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
+        loss = (output.float() - target).square().mean()
+        # Summed over channels, so that gradients by single weights stay far from the least float32.
+        (loss * (output.shape[-1] * len(some) / len(samples))).backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach()) * len(some) / len(samples)
     for mover in movers:
         mover.move(leaves[mover.tensor])  # an expert that earlier parts reached and the last did not
     return total

@@ -150,7 +150,7 @@ class Gptq(Algorithm):
             entering.observe(collector.see, weights, modules=names, stream="quantized")
             for hessian in collector.finish():
                 here = [layers[name] for name in names if name in hessian.layers]
-                rounded.update(self._round(unit, here, hessian))
+                rounded.update(self.round(unit, here, hessian))
                 entering.tick(len(rounded) / len(layers), f"{len(rounded)} of {len(layers)} layers")
             return collector
 
@@ -172,7 +172,7 @@ class Gptq(Algorithm):
                 rounded[layer.name] = _plainly(unit, layer, 0, "no token reached it")
         return rounded
 
-    def _round(self, unit: Unit, layers: Sequence[Layer], hessian: Hessian) -> dict[str, Rounded]:
+    def round(self, unit: Unit, layers: Sequence[Layer], hessian: Hessian) -> dict[str, Rounded]:
         """Layers that share a Hessian, whose memory is used up."""
         from roundel.ops.column_order import arrange
         from roundel.ops.hessian import factorize

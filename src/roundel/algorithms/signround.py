@@ -103,12 +103,11 @@ class SignRound(Algorithm):
             return f"signround learns integers and MX floats, not {layer.scheme.name}"
         return None
 
-    def rate(self, layer: Layer) -> float:
-        """The first step size of a layer's shifts."""
-        if self.lr is not None:
-            return self.lr
+    def rates(self, layer: Layer) -> tuple[float, float]:
+        """The first step sizes of a layer's shifts and of its range factors; the latter is 0 where ranges stay."""
         few = self.iters >= 1000 and layer.scheme.bits <= 3
-        return (2.0 if few else 1.0) / max(self.iters, 1)
+        rate = self.lr or (2.0 if few else 1.0) / max(self.iters, 1)
+        return rate, (self.minmax_lr or rate) if self.tune_range else 0.0
 
     def quantize(self, unit: Unit) -> dict[str, Rounded]:
         from roundel.algorithms.descent import learn

@@ -12,11 +12,15 @@ the range of the weights, the range of any start on the grid can be the one that
 Steps and codes are counted from the zero point here: they are the values by which the scale is multiplied. For the MX
 floats they are values of the element, and the scale is a power of two; its exponent is rounded straight through too.
 
+Two ways to step along a gradient: by its sign, as the paper has it, or divided by the root of its running mean square
+(Adam: Kingma and Ba 2014, arXiv 1412.6980, algorithm 1, with a first moment of short memory and no epsilon).
+
 `ops/numba/learned_rounding.py` holds the faster spelling of `round_matrix` and `descend`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -29,19 +33,30 @@ from roundel.scheme import Grid
 from roundel.tensor import QuantizedTensor, code_values, plain
 
 __all__ = [
+    "FIRST",
+    "LEAST_SQUARE",
+    "SECOND",
     "Gradients",
     "Learned",
+    "Memory",
+    "Moments",
     "Range",
+    "adam",
+    "adam_correction",
     "begin",
-    "clamp_factors",
     "descend",
     "finish",
     "fit_range",
     "gradients",
+    "remember",
     "round_matrix",
+    "round_matrix_reference",
 ]
 
 LARGEST_SCALE = 65504.0  # of float16
+# Adam's betas. A first moment of long memory slows what it should steady: see docs/algorithms.md.
+FIRST, SECOND = 0.5, 0.99
+LEAST_SQUARE = 1e-36  # below, float32 has no digits left
 SMALLEST_FACTOR, LARGEST_FACTOR = 2.0**-24, 2.0  # the smallest is divided by; 0 is allowed
 
 
@@ -88,6 +103,23 @@ class Gradients:
     shift: Tensor
     low: Tensor | None
     high: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """What Adam remembers of the gradients by one tensor, changed in place: running means, 0 at the start."""
+
+    first: Tensor
+    second: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Adam's memory of one matrix: of its shift and of its factors, as `Learned` has them."""
+
+    shift: Moments
+    low: Moments | None
+    high: Moments
 
 
 def begin(weight: Tensor, start: QuantizedTensor) -> Learned:
@@ -160,24 +192,68 @@ def gradients(learned: Learned, found: Range, gradient: Tensor) -> Gradients:
     return Gradients(shift=_flat(spread * found.scale[..., None] * inside, learned), low=low, high=high)
 
 
-def descend(learned: Learned, found: Range, gradient: Tensor, *, rate: float, range_rate: float) -> None:
-    """One step of signed gradient descent: shift -= rate * sign(gradient by shift), factors likewise, in place.
+def remember(learned: Learned) -> Memory:
+    """An empty memory."""
+    low = None if learned.low is None else _no_moments(learned.low)
+    return Memory(shift=_no_moments(learned.shift), low=low, high=_no_moments(learned.high))
+
+
+def descend(
+    learned: Learned,
+    found: Range,
+    gradient: Tensor,
+    *,
+    rate: float,
+    range_rate: float,
+    memory: Memory | None = None,
+    step: int = 1,
+) -> None:
+    """Move shift and factors against a gradient, in place, and the memory with them.
 
     gradient   [out, in], of the loss with respect to the rounded weights
+    rate, range_rate   the size of the step, of shifts and of factors
+    memory     None: along the sign of the gradient. Else as `adam` says
+    step       how many steps the memory has seen with this one
     """
+    shift = None if memory is None else memory.shift
     if use_kernels() and learned.weight.device.type == "cpu":
         from roundel.ops.numba.learned_rounding import descend_kernel
 
-        by_scale, clamped = descend_kernel(learned, found, gradient, rate)
+        by_scale, clamped = descend_kernel(learned, found, gradient, rate, shift, step)
         low, high = _by_factors(learned, found, by_scale, clamped)
     else:
-        found_gradients = gradients(learned, found, gradient)
-        learned.shift.sub_(rate * found_gradients.shift.sign())
-        low, high = found_gradients.low, found_gradients.high
-    learned.high.sub_(range_rate * high.sign())
+        by = gradients(learned, found, gradient)
+        _move(learned.shift, by.shift, rate, shift, step)
+        low, high = by.low, by.high
+    _move(learned.high, high, range_rate, None if memory is None else memory.high, step)
     if learned.low is not None and low is not None:
-        learned.low.sub_(range_rate * low.sign())
+        _move(learned.low, low, range_rate, None if memory is None else memory.low, step)
     clamp_factors(learned)
+
+
+def adam(gradient: Tensor, moments: Moments, step: int) -> Tensor:
+    """The direction of a step, about 1 in size; the moments are brought up to date in place.
+
+    first = FIRST * first + (1 - FIRST) * gradient;  second = SECOND * second + (1 - SECOND) * gradient^2;
+    direction = first / (1 - FIRST^step) / sqrt(second / (1 - SECOND^step)), and 0 where second is below LEAST_SQUARE.
+    """
+    moments.first.mul_(FIRST).add_(gradient * (1 - FIRST))
+    moments.second.mul_(SECOND).add_(gradient * gradient * (1 - SECOND))
+    direction = moments.first / moments.second.sqrt() * adam_correction(step)
+    return torch.where(moments.second < LEAST_SQUARE, 0.0, direction)
+
+
+def adam_correction(step: int) -> float:
+    """By what the ratio of moments that began at 0 is to be multiplied."""
+    return math.sqrt(1 - SECOND**step) / (1 - FIRST**step)
+
+
+def _move(values: Tensor, gradient: Tensor, rate: float, moments: Moments | None, step: int) -> None:
+    values.sub_(rate * (gradient.sign() if moments is None else adam(gradient, moments, step)))
+
+
+def _no_moments(values: Tensor) -> Moments:
+    return Moments(first=torch.zeros_like(values), second=torch.zeros_like(values))
 
 
 def clamp_factors(learned: Learned) -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Awq"]
 
 SMALLEST = 1e-4  # of x^r and of w^(1 - r), as in the authors' code
+USUAL_LENGTH = 2048  # tokens of a sample, for estimates
 EXPERT_SHARE = 4  # a routed expert keeps a quarter of the tokens
 
 
@@ -83,7 +84,10 @@ class Awq:
         return self.stream == "float"
 
     def passes(self, samples: int, batch: int) -> float:
-        return 1.0 + 0.5 * self.n_grid * (2 if self.duo_scaling == "both" else 1)
+        """Statistics and clipping look at all samples; candidates, at the modules they concern, on a few of them."""
+        share = min(1.0, -(-self.search_tokens // USUAL_LENGTH) / samples) if self.search_tokens else 1.0
+        candidates = self.n_grid * (2 if self.duo_scaling == "both" else 1)
+        return 1.0 + self.clip + 0.7 * candidates * share
 
     def refuse(self, layer: Layer) -> str | None:
         return refusal(layer)

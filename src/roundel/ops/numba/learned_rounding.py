@@ -1,10 +1,12 @@
 """Learned rounding in numba: one pass over the weights forward, one backward. See `ops.learned_rounding`.
 
 Both read the weights, the shifts and (backward) the gradient once, and write once; what they need twice they compute
-twice, which costs less than memory. Rows are shared out among as many threads as torch uses.
+twice, which costs less than memory. Rows are shared out among as many threads as torch uses; the result does not
+depend on how many.
 
-Rounded weights and shifts are bit-equal to the definition. Sums over a block are taken in another order than torch's,
-so they agree to float32 rounding of the sum of magnitudes only.
+Rounded weights, and shifts moved by signs, are bit-equal to the definition. Sums over a block are taken in another
+order than torch's, so they agree to float32 rounding of the sum of magnitudes only. Adam's arithmetic differs in last
+bits, because torch multiplies and adds at once where it can.
 """
 
 from __future__ import annotations
@@ -19,12 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from roundel.ops.learned_rounding import Learned, Range
+from roundel.ops.learned_rounding import FIRST, LEAST_SQUARE, SECOND, Learned, Moments, Range, adam_correction
 from roundel.scheme import Grid
 
 __all__ = ["descend_kernel", "round_kernel"]
 
 HALF, ZERO = np.float32(0.5), np.float32(0.0)
+KEPT, ADDED = np.float32(FIRST), np.float32(1 - FIRST)
+KEPT_SQUARES, ADDED_SQUARES = np.float32(SECOND), np.float32(1 - SECOND)
+LEAST = np.float32(LEAST_SQUARE)
 WEIGHTS_A_THREAD = 1 << 18  # fewer are not worth a thread
 
 _jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
@@ -52,26 +57,25 @@ def round_kernel(learned: Learned, found: Range, out: Tensor) -> Tensor:
     return out
 
 
-def descend_kernel(learned: Learned, found: Range, gradient: Tensor, rate: float) -> tuple[Tensor, Tensor]:
-    """Moves `learned.shift` as `ops.learned_rounding.descend` does.
+def descend_kernel(
+    learned: Learned, found: Range, gradient: Tensor, rate: float, moments: Moments | None = None, step: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Moves `learned.shift`, and its moments, as `ops.learned_rounding.descend` does.
 
     returns  [out, blocks] sums: of gradient * (nearest - inside * weight / scale), and of gradient * (1 - inside)
     """
     by_scale, clamped = torch.empty_like(found.scale), torch.empty_like(found.scale)
-    arrays = _arrays(gradient, learned.weight, learned.shift, found.scale, found.zero, by_scale, clamped)
-    slope, weight, shift, scale, zero, first, second = arrays
-    group, grid, step = learned.columns, learned.grid, np.float32(rate)
-    low, high, mantissa, smallest = _element(grid)
+    none = torch.empty(gradient.shape[0], 0)
+    first, second = (none, none) if moments is None else (moments.first, moments.second)
+    tensors = (gradient, learned.weight, learned.shift, found.scale, found.zero, first, second, by_scale, clamped)
+    arrays, element = _arrays(*tensors), _element(learned.grid)
+    size = rate if moments is None else rate * adam_correction(step)
 
     def rows(begin: int, end: int) -> None:
-        part = slice(begin, end)
-        given = slope[part], weight[part], shift[part], scale[part]
-        if grid.element.is_integer:
-            _descend_integers(*given, zero[part], group, low, high, step, first[part], second[part])
-        else:
-            _descend_floats(*given, group, high, mantissa, smallest, step, first[part], second[part])
+        part = (each[begin:end] for each in arrays)
+        _descend(*part, learned.columns, *element, moments is not None, np.float32(size))
 
-    _share(rows, weight.shape[0], weight.shape[1])
+    _share(rows, gradient.shape[0], gradient.shape[1])
     return by_scale, clamped
 
 
@@ -88,31 +92,6 @@ def _round_integers(weight, shift, scale, zero, group, low, high, out):  # type:
             for i in range(n):
                 steps = min(max(w[i] / s + v[i], lowest), highest)
                 filled[i] = np.rint(steps) * s
-
-
-@_sums
-def _descend_integers(gradient, weight, shift, scale, zero, group, low, high, rate, by_scale, clamped):  # type: ignore[no-untyped-def]
-    rows, width = weight.shape
-    for row in range(rows):
-        for block in range((width + group - 1) // group):
-            begin = block * group
-            n = min(group, width - begin)
-            w, v, g = weight[row, begin : begin + n], shift[row, begin : begin + n], gradient[row, begin : begin + n]
-            s = scale[row, block]
-            lowest, highest = low - zero[row, block], high - zero[row, block]
-            step = rate if s > ZERO else -rate
-            total, outside = ZERO, ZERO
-            for i in range(n):
-                ratio = w[i] / s
-                steps = ratio + v[i]
-                nearest = np.rint(min(max(steps, lowest), highest))
-                inside = abs(steps - nearest) <= HALF
-                total += g[i] * (nearest - (ratio if inside else ZERO))
-                outside += ZERO if inside else g[i]
-                move = step if g[i] > ZERO else (-step if g[i] < ZERO else ZERO)
-                v[i] -= move if inside else ZERO
-            by_scale[row, block] = total
-            clamped[row, block] = outside
 
 
 @_inline
@@ -139,27 +118,89 @@ def _round_floats(weight, shift, scale, group, high, mantissa, smallest, out):  
                 filled[i] = _nearest_float(w[i] / s + v[i], high, mantissa, smallest) * s
 
 
-@_sums
-def _descend_floats(gradient, weight, shift, scale, group, high, mantissa, smallest, rate, by_scale, clamped):  # type: ignore[no-untyped-def]
+@_jit
+def _descend(  # type: ignore[no-untyped-def]
+    gradient,
+    weight,
+    shift,
+    scale,
+    zero,
+    first,
+    second,
+    by_scale,
+    clamped,
+    group,
+    low,
+    high,
+    mantissa,
+    smallest,
+    adam,
+    rate,
+):
+    """Row by row, block by block; what is computed of a block stays in the nearest cache."""
     rows, width = weight.shape
+    terms, inner = np.empty(group, np.float32), np.empty(group, np.float32)
     for row in range(rows):
         for block in range((width + group - 1) // group):
             begin = block * group
-            n = min(group, width - begin)
-            w, v, g = weight[row, begin : begin + n], shift[row, begin : begin + n], gradient[row, begin : begin + n]
-            s = scale[row, block]
-            total, outside = ZERO, ZERO
-            for i in range(n):
-                ratio = w[i] / s
-                steps = ratio + v[i]
-                nearest = _nearest_float(steps, high, mantissa, smallest)
-                inside = abs(steps) <= high
-                total += g[i] * (nearest - (ratio if inside else ZERO))
-                outside += ZERO if inside else g[i]
-                move = rate if g[i] > ZERO else (-rate if g[i] < ZERO else ZERO)
-                v[i] -= move if inside else ZERO
-            by_scale[row, block] = total
-            clamped[row, block] = outside
+            end = min(begin + group, width)
+            g, w, v = gradient[row, begin:end], weight[row, begin:end], shift[row, begin:end]
+            s, z = scale[row, block], zero[row, block]
+            if mantissa == 0:
+                _look_at_integers(g, w, v, s, low - z, high - z, terms, inner)
+            else:
+                _look_at_floats(g, w, v, s, high, mantissa, smallest, terms, inner)
+            by_scale[row, block], clamped[row, block] = _add(g, terms, inner)
+            if adam:
+                _move_by_moments(v, inner, s, first[row, begin:end], second[row, begin:end], rate)
+            else:
+                _move_by_sign(v, inner, rate if s > ZERO else -rate)
+
+
+@_jit
+def _look_at_integers(g, w, v, s, lowest, highest, terms, inner):  # type: ignore[no-untyped-def]
+    """Of a block: its terms of the gradient by scale, and the gradient where codes are not clamped, else 0."""
+    for i in range(len(g)):
+        ratio = w[i] / s
+        steps = ratio + v[i]
+        nearest = np.rint(min(max(steps, lowest), highest))
+        inside = abs(steps - nearest) <= HALF
+        terms[i] = g[i] * (nearest - (ratio if inside else ZERO))
+        inner[i] = g[i] if inside else ZERO
+
+
+@_jit
+def _look_at_floats(g, w, v, s, high, mantissa, smallest, terms, inner):  # type: ignore[no-untyped-def]
+    for i in range(len(g)):
+        ratio = w[i] / s
+        steps = ratio + v[i]
+        inside = abs(steps) <= high
+        terms[i] = g[i] * (_nearest_float(steps, high, mantissa, smallest) - (ratio if inside else ZERO))
+        inner[i] = g[i] if inside else ZERO
+
+
+@_sums
+def _add(g, terms, inner):  # type: ignore[no-untyped-def]
+    total, outside = ZERO, ZERO
+    for i in range(len(g)):
+        total += terms[i]
+        outside += g[i] - inner[i]
+    return total, outside
+
+
+@_jit
+def _move_by_sign(v, inner, rate):  # type: ignore[no-untyped-def]
+    for i in range(len(v)):
+        v[i] -= rate if inner[i] > ZERO else (-rate if inner[i] < ZERO else ZERO)
+
+
+@_jit
+def _move_by_moments(v, inner, s, first, second, rate):  # type: ignore[no-untyped-def]
+    for i in range(len(v)):
+        g = inner[i] * s
+        first[i] = KEPT * first[i] + g * ADDED
+        second[i] = KEPT_SQUARES * second[i] + g * g * ADDED_SQUARES
+        v[i] -= ZERO if second[i] < LEAST else rate * (first[i] / np.sqrt(second[i]))
 
 
 def _element(grid: Grid) -> tuple[np.float32, np.float32, np.uint32, np.uint32]:

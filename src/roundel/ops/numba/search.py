@@ -1,9 +1,12 @@
 """`ops.search` in numba: the same trials, block after block, so that a block's weights stay in the nearest cache.
 
-Sums run in several lanes, so that their last bits, and now and then a choice between two trials that are as good, are
-not the definition's: the error of a matrix agrees within 1e-6 of itself. What is stored is judged in float64 here as
-there. One core of an EPYC 7003 at 2.45 GHz searches, in millions of weights a second (benchmarks/search.py):
-W4G128 symmetric 40, asymmetric 21; W2G32 symmetric 20, asymmetric 12; MXFP4 60. X
+Sums run in several lanes, so that their last bits are not the definition's, and now and then, of two trials that are as
+good, the other one is refined. Up to 4 bits that hardly ever happens; in general the error of a matrix agrees within
+1e-6 of itself and 1e-7 of the weights' own square. What is stored is judged in float64 here as there. One core of an
+EPYC 7003 at 2.45 GHz searches, in millions of weights a second (benchmarks/search.py): W4G128 symmetric 34, asymmetric
+24; W2G32 symmetric 24, asymmetric 14; MXFP4 34.
+
+Threads take rows. They are not numba's own: its pool cannot be entered by several workers at once.
 """
 
 from __future__ import annotations
