@@ -1,4 +1,5 @@
-"""How fast one core searches for scales, and how much less the error is than plain rounding's.
+"""How fast one core searches for scales (opt-rtn) and solves for them (hqq), and how much less the error is than plain
+rounding's.
 
     python benchmarks/search.py [SCHEME ...]
 
@@ -14,11 +15,13 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 
 from roundel.ops.encode import encode
-from roundel.ops.search import search
+from roundel.ops.half_quadratic import Splitting, solve
+from roundel.ops.search import Searched, search
 from roundel.scheme import ELEMENTS, Grid, Scheme
 
 NVFP4 = Grid(element=ELEMENTS["e2m1"], block=(1, 16), scale=Grid(element=ELEMENTS["e4m3"], block=(0, 0), scale="F32"))
@@ -28,9 +31,8 @@ SCHEMES = [
 ]
 
 
-def seconds(work: object, times: int = 3) -> float:
-    """The least thread time of a function without arguments."""
-    assert callable(work)
+def seconds(work: Callable[[], object], times: int = 3) -> float:
+    """The least thread time of a function."""
     found = []
     for _ in range(times):
         start = time.thread_time()
@@ -44,18 +46,26 @@ def main(schemes: list[str]) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = (0.02 * torch.randn(1024, 4096, generator=generator)).bfloat16()
     importance = torch.exp(1.5 * torch.randn(4096, generator=generator))
-    print(f"{'scheme':14} {'M weights/s':>12} {'plain M/s':>10} {'error / plain':>14} {'by importance':>14}")
+    print("                millions of weights/s        error / plain rounding's")
+    print("scheme          plain  opt-rtn    hqq    opt-rtn  by importance  hqq (its norm)")
     for name in schemes:
         grid = NVFP4 if name == "NVFP4" else Scheme.parse(name).weight
-        counted = search(weight[:8], grid, importance)  # compiled here
-        searching = seconds(lambda grid=grid: search(weight, grid, importance))
-        plain = seconds(lambda grid=grid: encode(weight, grid))
-        alike, counted = search(weight, grid), search(weight, grid, importance)
-        print(
-            f"{name:14} {weight.numel() / searching / 1e6:12.1f} {weight.numel() / plain / 1e6:10.0f} "
-            f"{alike.error / alike.baseline:14.3f} {counted.error / counted.baseline:14.3f}",
-            flush=True,
-        )
+
+        def searched(grid: Grid = grid) -> Searched:
+            return search(weight, grid, importance)
+
+        def solved(grid: Grid = grid) -> Searched:
+            return solve(weight, grid, Splitting())
+
+        works: list[Callable[[], object]] = [lambda grid=grid: encode(weight, grid), searched]  # type: ignore[misc]
+        alike, counted = search(weight, grid), searched()  # compiled here
+        errors = f"{alike.error / alike.baseline:10.3f} {counted.error / counted.baseline:14.3f}"
+        if grid.element.is_integer:
+            halved = solved()
+            works.append(solved)
+            errors += f" {halved.error / halved.baseline:15.3f}"
+        speeds = [f"{weight.numel() / seconds(work) / 1e6:8.1f}" for work in works]
+        print(f"{name:12} {' '.join(speeds):26} {errors}", flush=True)
 
 
 if __name__ == "__main__":
