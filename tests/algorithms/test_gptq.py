@@ -138,10 +138,10 @@ def test_every_layer_ends_below_plain_rounding(scheme: str, options: dict[str, b
 def test_the_error_is_the_relative_output_error() -> None:
     x = inputs()
     unit = unit_of({"a": [x[:100], x[100:]]})
-    result = Gptq().quantize(unit)["a"]
-    assert result.error == pytest.approx(output_error(unit, "a", result.tensor, x), rel=1e-3)
+    result = Gptq(damping=1e-5, shrinkage=False).quantize(unit)["a"]
+    assert result.error == pytest.approx(output_error(unit, "a", result.tensor, x), rel=5e-3)
     plain = encode(unit.weights["a.weight"], unit.layers[0].scheme.weight)
-    assert result.baseline == pytest.approx(output_error(unit, "a", plain, x), rel=1e-3)
+    assert result.baseline == pytest.approx(output_error(unit, "a", plain, x), rel=5e-3)
 
 
 def test_it_is_deterministic_and_changes_nothing() -> None:
@@ -265,7 +265,7 @@ def test_moe_block_has_every_layer() -> None:
     for layer in unit.layers:
         result = rounded[layer.name]
         assert result.tokens is not None
-        assert (result.fallback is not None) == (result.tokens < 64), layer.name
+        assert (result.fallback is not None) == (result.tokens < 16), layer.name
         assert result.tensor.decode().abs().max() > 0
     total = sum(rounded[f"{BLOCK}.mlp.experts.{e}.up_proj"].tokens or 0 for e in range(4))
     assert total == 8 * 32
@@ -353,7 +353,7 @@ def test_act_order_survives_its_file(scheme: str) -> None:
     format = FORMATS["auto_gptq"]
     unit = unit_of({"model.layers.0.a": [x]}, out=32)
     layer = replace(unit.layers[0], scheme=format.grid_of(Scheme.parse(scheme)), permuted=True)
-    algorithm = Gptq(act_order=True)
+    algorithm = Gptq(act_order=True, damping=1e-5, shrinkage=False)
     assert algorithm.permutes
     result = algorithm.quantize(replace(unit, layers=(layer,)))[layer.name]
     assert result.tensor.group_index is not None
@@ -366,7 +366,7 @@ def test_act_order_survives_its_file(scheme: str) -> None:
     assert found is not None
     back = reader.unpack(replace(layer, stored=Stored(format=reader.name, scheme=found.scheme)), parts)
     assert torch.equal(back.decode(), result.tensor.decode())
-    assert result.error == pytest.approx(output_error(unit, "model.layers.0.a", back, x), rel=1e-3)
+    assert result.error == pytest.approx(output_error(unit, "model.layers.0.a", back, x), rel=0.05)
 
 
 def test_static_groups_need_no_group_index_and_keep_every_scale() -> None:
@@ -425,3 +425,14 @@ def test_forward_of_the_toy_block_is_what_is_measured() -> None:
     assert isinstance(toy, ToyActivations)
     x = toy.inputs([0, 1])
     assert torch.equal(toy.forward(x, {}), forward(toy.shape, BLOCK, x, unit.weights))
+
+
+def test_few_tokens_do_not_mislead() -> None:
+    """Rounded for some dozens of tokens, a layer must serve those it has not seen: damping follows their number."""
+    x, unseen = inputs(128, tokens=4032).split([32, 4000])
+    unit = unit_of({"a": [x]}, "W4A16G32")
+    plain = encode(unit.weights["a.weight"], unit.layers[0].scheme.weight)
+    fitting, fixed = (Gptq(shrinkage=on).quantize(unit)["a"].tensor for on in (True, False))
+    ours, usual, base = (output_error(unit, "a", tensor, unseen) for tensor in (fitting, fixed, plain))
+    assert ours < 0.85 * usual
+    assert ours < 0.9 * base

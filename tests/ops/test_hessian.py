@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from roundel.ops import hessian as module
-from roundel.ops.hessian import add_outer, factorize, mirror, proxy_loss
+from roundel.ops.hessian import add_outer, factorize, fitting_damping, mirror, proxy_loss
 
 
 def moments(width: int, tokens: int, seed: int = 0) -> Tensor:
@@ -49,13 +49,40 @@ def test_factors_are_the_hessian(block: int) -> None:
 
 def test_the_loss_is_the_quadratic_form(block: int) -> None:
     hessian = moments(70, 300)
-    hessian[7], hessian[:, 7] = 0, 0  # a column that saw nothing costs nothing
+    hessian[7], hessian[:, 7] = 0, 0  # a column that saw nothing counts as an average one
     order = torch.randperm(70)
-    factors = factorize(hessian.clone(), order)
+    factors = factorize(hessian.clone(), order, damping=0.3)
     assert factors is not None
     error = torch.randn(5, 70)
-    exact = ((error @ hessian) * error).sum(1)
+    mean = hessian.diagonal().sum() / 69
+    damped = hessian + torch.diag(torch.where(hessian.diagonal() == 0, 1.3, 0.3) * mean)
+    exact = ((error @ damped) * error).sum(1)
     torch.testing.assert_close(proxy_loss(error[:, order].T.contiguous(), factors).float(), exact, rtol=1e-4, atol=1e-3)
+
+
+def test_damping_fits_the_number_of_tokens() -> None:
+    """The damped Hessian of few tokens is nearest to the true one about where it is said to be."""
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.randn(160, 160, generator=generator) @ torch.diag(torch.exp(torch.randn(160, generator=generator)))
+    true = mixing.T @ mixing
+    for tokens in (16, 48, 200):
+        damped_so, undamped, best = 0.0, 0.0, 0.0
+        for _ in range(10):
+            x = torch.randn(tokens, 160, generator=generator) @ mixing
+            few = x.T @ x / tokens
+
+            def away(share: float, few: Tensor = few) -> float:
+                """The distance from the true Hessian, at the best common factor."""
+                damped = few + share * few.diagonal().mean() * torch.eye(160)
+                return 1 - float((damped * true).sum() ** 2 / damped.square().sum() / true.square().sum())
+
+            damped_so += away(fitting_damping(few, float(x.square().sum(1).square().sum()), tokens))
+            undamped += away(0.0)
+            best += min(away(share) for share in torch.logspace(-3, 2, 40).tolist())
+        assert damped_so < 1.02 * best
+        assert damped_so < undamped
+    assert fitting_damping(torch.eye(48), 48.0 * 48 * 100, 100) == 1000.0  # nothing but noise
+    assert fitting_damping(torch.eye(48) * 0, 0.0, 0 + 1) == 0.0
 
 
 def test_columns_that_saw_nothing_take_and_give_no_feedback() -> None:

@@ -38,7 +38,7 @@ def gptq(
     arrangement: Arrangement,
     grid: Grid,
     *,
-    trials: int = 6,
+    trials: int = 4,
     block_size: int = 128,
 ) -> QuantizedTensor:
     """Round a matrix [out, in] with feedback.
@@ -76,7 +76,8 @@ def gptq(
 class Gptq(Algorithm):
     """Rounding with feedback.
 
-    damping          share of the Hessian's mean diagonal that is added to its diagonal (paper: percdamp)
+    damping          share of the Hessian's mean diagonal that is added to its diagonal, at least (paper: percdamp)
+    shrinkage        damping is raised to what the number and the spread of tokens call for (Ledoit and Wolf 2004)
     damping_step     added to damping, twice as much each time, while the Hessian is not positive definite
     act_order        columns with large inputs first, whatever their group; stores a group index beside the codes
     static_groups    scales are fixed before the first column is rounded; with act_order, no group index is stored
@@ -93,14 +94,15 @@ class Gptq(Algorithm):
     paper: ClassVar[str] = "Frantar et al. 2022, arXiv:2210.17323"
 
     damping: float = 0.01
+    shrinkage: bool = True
     damping_step: float = 0.01
     act_order: bool = False
     static_groups: bool = False
     group_order: bool = True
     true_sequential: bool = True
     block_size: int = 128
-    trials: int = 6
-    min_tokens: int = 64
+    trials: int = 4
+    min_tokens: int = 16
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -175,7 +177,7 @@ class Gptq(Algorithm):
     def round(self, unit: Unit, layers: Sequence[Layer], hessian: Hessian) -> dict[str, Rounded]:
         """Layers that share a Hessian, whose memory is used up."""
         from roundel.ops.column_order import arrange
-        from roundel.ops.hessian import factorize
+        from roundel.ops.hessian import factorize, fitting_damping
 
         if hessian.tokens < self.min_tokens:
             why = f"{hessian.tokens} tokens reached it, fewer than {self.min_tokens}"
@@ -185,6 +187,9 @@ class Gptq(Algorithm):
         for layer in layers:
             by_group.setdefault(layer.scheme.weight.block_of(layer.shape)[1], []).append(layer)
         diagonal = hessian.total.diagonal().clone()
+        damping = self.damping
+        if self.shrinkage:
+            damping = max(damping, fitting_damping(hessian.total, hessian.fourth, hessian.tokens))
         for number, (columns, alike) in enumerate(by_group.items(), 1):
             arrangement = arrange(
                 diagonal,
@@ -194,7 +199,7 @@ class Gptq(Algorithm):
                 group_order=self.group_order,
             )
             total = hessian.total if number == len(by_group) else hessian.total.clone()
-            factors = factorize(total, arrangement.order, self.damping, self.damping_step)
+            factors = factorize(total, arrangement.order, damping, self.damping_step)
             for layer in alike:
                 found[layer.name] = (
                     _plainly(unit, layer, hessian.tokens, "no damping makes its Hessian positive definite")
@@ -220,7 +225,7 @@ def _plainly(unit: Unit, layer: Layer, tokens: int, why: str) -> Rounded:
 
 
 def _errors(weight: Tensor, tensor: QuantizedTensor, factors: Factors) -> tuple[float, float]:
-    """tr(E H E^T) / tr(W H W^T) of this rounding, and of plain rounding, over the measured rows."""
+    """tr(E H E^T) / tr(W H W^T), H damped, of this rounding and of plain rounding, over the measured rows."""
     import torch
 
     from roundel.ops.encode import encode
@@ -234,7 +239,7 @@ def _errors(weight: Tensor, tensor: QuantizedTensor, factors: Factors) -> tuple[
         for matrix in (exact, exact - _rows(tensor, rows).decode(), exact - plainly.decode())
     )
     size = max(size, 1e-30)  # weights may all be zero
-    return max(error, 0.0) / size, max(baseline, 0.0) / size
+    return error / size, baseline / size
 
 
 def _rows(tensor: QuantizedTensor, rows: Tensor) -> QuantizedTensor:

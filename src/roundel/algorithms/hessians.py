@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,11 +24,13 @@ class Hessian:
 
     total    [in, in] float32: the sum of x^T x, complete on and above the diagonal
     tokens   how many rows x had
+    fourth   the sum of |x|^4
     layers   whose it is
     """
 
     total: Tensor
     tokens: int
+    fourth: float
     layers: set[str]
 
 
@@ -81,11 +83,11 @@ class Collector:
             if not home.layers <= seeing:  # some of them are handed something else from here on
                 apart = home.layers & seeing
                 home.layers -= apart
-                home = self._hold(Hessian(total=home.total.clone(), tokens=home.tokens, layers=apart))
+                home = self._hold(replace(home, total=home.total.clone(), layers=apart))
             _add_outer(home, x)
         if new and self._has_room(x.shape[1]):
             total = x.new_zeros((x.shape[1], x.shape[1])).float()
-            _add_outer(self._hold(Hessian(total=total, tokens=0, layers=new)), x)
+            _add_outer(self._hold(Hessian(total=total, tokens=0, fourth=0.0, layers=new)), x)
         else:
             self.left |= new
 
@@ -104,6 +106,7 @@ def _add_outer(hessian: Hessian, x: Tensor) -> None:
 
     add_outer(hessian.total, x)
     hessian.tokens += x.shape[0]
+    hessian.fourth += float(x.float().square().sum(1).double().square().sum())
 
 
 def _is_same(left: Tensor, right: Tensor) -> bool:

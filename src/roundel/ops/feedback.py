@@ -61,7 +61,7 @@ def round_columns(
     grid: Grid,
     *,
     fixed: Scales | None = None,
-    trials: int = 6,
+    trials: int = 4,
     block_size: int = 128,
 ) -> tuple[Tensor, Scales]:
     """Codes [in, rows] as bytes, and the scales of all groups [groups, rows].

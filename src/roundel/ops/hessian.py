@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Factors", "add_outer", "factorize", "mirror", "proxy_loss"]
+__all__ = ["Factors", "add_outer", "factorize", "fitting_damping", "mirror", "proxy_loss"]
 
 PARTS = 8  # column blocks of the accumulation: with 8 of them 9/16 of the products of the full matrix are computed
 BLOCK = 256  # columns factored at a time
@@ -42,6 +42,27 @@ def mirror(total: Tensor) -> None:
         total[end:, start:end] = total[start:end, end:].T
         corner = total[start:end, start:end]
         total[start:end, start:end] = corner.triu() + corner.triu(1).T
+
+
+def fitting_damping(hessian: Tensor, fourth: float, tokens: int) -> float:
+    """The damping that brings a Hessian of few tokens nearest to that of all tokens there could be, in expectation.
+
+    Ledoit and Wolf 2004, "A well-conditioned estimator for large-dimensional covariance matrices", section 3: the best
+    mixture  (1 - r) H + r m I,  m the mean diagonal, has  r = b / d  with  b  the expected square of H's own error and
+    d  the squared distance of H from m I. A factor on the Hessian changes nothing, so r is damping by  r / (1 - r).
+
+    hessian   [in, in], the mean of x x^T over `tokens` tokens
+    fourth    sum of |x|^4 over them
+    returns   a share of the mean diagonal, 0 to 1000
+    """
+    mean = float(hessian.diagonal().mean(dtype=torch.float64))
+    slabs = (hessian[start : start + BLOCK] for start in range(0, len(hessian), BLOCK))
+    square = float(sum(slab.square().sum(dtype=torch.float64) for slab in slabs))
+    distance = square - len(hessian) * mean * mean
+    own_error = (fourth / tokens - square) / max(1, tokens - 1)
+    if not 0 < own_error < distance * 0.999:
+        return 0.0 if own_error <= 0 else 1000.0
+    return own_error / (distance - own_error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +117,7 @@ def factorize(hessian: Tensor, order: Tensor, damping: float = 0.01, step: float
 
 
 def proxy_loss(error: Tensor, factors: Factors) -> Tensor:
-    """e^T H e of each row, [rows] float64, for errors [in, rows] in rounding order."""
+    """e^T (H + diag(added)) e of each row, [rows] float64, for errors [in, rows] in rounding order."""
     upper, total = factors.upper, torch.zeros(error.shape[1], dtype=torch.float64, device=error.device)
     for start in range(0, len(error), BLOCK):
         end = min(start + BLOCK, len(error))
@@ -104,7 +125,7 @@ def proxy_loss(error: Tensor, factors: Factors) -> Tensor:
         fed = torch.addmm(error[start:end], corner, error[start:end])
         fed.addmm_(upper[:start, start:end].T, error[:start])
         total += (factors.strength[start:end, None] * fed.square()).sum(0, dtype=torch.float64)
-    return total - (factors.added[:, None] * error.square()).sum(0, dtype=torch.float64)
+    return total
 
 
 def _rungs(damping: float, step: float) -> Iterator[tuple[float, float]]:
@@ -114,7 +135,7 @@ def _rungs(damping: float, step: float) -> Iterator[tuple[float, float]]:
     while damping + more < 1:
         yield damping + more, 0.0
         more *= 2
-    yield from ((1.0, 10.0 ** (rung - FLOORS) if rung else 0.0) for rung in range(FLOORS))
+    yield from ((max(1.0, damping), 10.0 ** (rung - FLOORS) if rung else 0.0) for rung in range(FLOORS))
 
 
 def _factor(matrix: Tensor, diagonal: Tensor) -> bool:
