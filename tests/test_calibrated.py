@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,11 @@ import roundel
 from models.pico import build
 from models.raw import hashes, plant
 from roundel.algorithms import ALGORITHMS
+from roundel.calibrated import Units
 from roundel.checkpoint import open_checkpoint
 from roundel.errors import NumericsError, PlanChanged, RecipeError
+from roundel.io.journal import read_journal
+from roundel.planning import Work
 from roundel.report import LOG
 from roundel.transforms import TRANSFORMS
 from roundel.verification import verify
@@ -106,6 +111,31 @@ def test_killed_before_any_call_that_changes_the_disk(data: Path, tmp_path: Path
         victims.killed_at(number, model, out, **wish)
         assert not victims.killed_at(10**6, model, out, **wish)
         assert hashes(out) == fresh, number
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_interruption_lets_a_unit_end_first(
+    times: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, wish = build("llama", tmp_path / "model"), options("gptq", data)
+    roundel.quantize(model, tmp_path / "fresh", **wish)
+    unit = Units._unit
+
+    def disturbed(units: Units, work: Work, *rest: Any) -> Any:
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+        return unit(units, work, *rest)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Units, "_unit", disturbed)
+        roundel.quantize(model, tmp_path / "out", **wish)
+    assert "Press Ctrl-C again to stop at once" in capfd.readouterr().err
+    found = read_journal(tmp_path / "out")
+    assert found is not None
+    units = [row["name"] for row in found[1] if row["kind"] == "unit"]
+    assert units == (["model.layers.0"] if times == 1 else [])
+    roundel.quantize(model, tmp_path / "out", **wish)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "fresh")
 
 
 def test_where_activations_lie_makes_no_difference(data: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from roundel.checkpoint import Checkpoint
 from roundel.errors import NumericsError, PlanError
+from roundel.interruption import Interruption
 from roundel.io.journal import Journal
 from roundel.io.safetensors import Shard
 from roundel.io.source import LocalFiles
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from roundel.calibration.activations import BlockActivations, Frontier
     from roundel.calibration.skeleton import Block, Skeleton
 
-__all__ = ["Calibration", "Offload", "frontier_bytes", "run_units"]
+__all__ = ["Calibration", "Offload", "Units", "frontier_bytes"]
 
 Offload = Literal["auto", "ram", "disk"]
 
@@ -63,29 +64,9 @@ def frontier_bytes(plan: Plan, hidden: int, samples: int, tokens: int) -> int:
     return each * (4 if plan.recipe.chain.reads_float_stream else 2)
 
 
-def run_units(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    out: Path,
-    shards: Sequence[Mapping[str, Shard]],
-    journal: Journal,
-    calibration: Calibration,
-    device: str,
-    free_memory: int,
-    progress: Progress | None,
-) -> None:
-    """Do the units of a plan that the journal does not have, in order.
+class Units:
+    """The units of a plan, and what all of them share."""
 
-    Raises PlanError when the model cannot be run block by block, NumericsError for weights or activations that are not
-    finite, OutputError when the disk is full.
-    """
-    units = [work for work in plan.works if work.kind == "unit"]
-    todo = [work for work in units if work.name not in journal.finished]
-    if todo:
-        _Units(plan, checkpoint, out, shards, journal, calibration, device, free_memory, progress).go(units, todo)
-
-
-class _Units:
     def __init__(
         self,
         plan: Plan,
@@ -98,31 +79,48 @@ class _Units:
         free_memory: int,
         progress: Progress | None,
     ) -> None:
+        self.plan, self.checkpoint, self.out, self.shards, self.journal = plan, checkpoint, out, shards, journal
+        self.calibration, self.device, self.progress = calibration, device, progress
+        self.recipe, self.chain, self.free_memory = plan.recipe, plan.recipe.chain, free_memory
+        self.samples, self.tokens = calibration.tokens.shape
+
+    def run(self, interruption: Interruption) -> None:
+        """Do those that the journal does not have, in order.
+
+        Raises PlanError when the model cannot be run block by block, NumericsError for weights or activations that are
+        not finite, OutputError when the disk is full, KeyboardInterrupt at a unit's end where it was asked for.
+        """
+        units = [work for work in self.plan.works if work.kind == "unit"]
+        todo = [work for work in units if work.name not in self.journal.finished]
+        if todo:
+            self._prepare()
+            self._go(units, todo, interruption)
+
+    def _prepare(self) -> None:
         import torch
 
         from roundel.calibration.skeleton import Skeleton
 
-        self.plan, self.checkpoint, self.out, self.shards, self.journal = plan, checkpoint, out, shards, journal
-        self.calibration, self.device, self.progress = calibration, device, progress
-        self.recipe, self.chain = plan.recipe, plan.recipe.chain
-        self.samples, self.tokens = calibration.tokens.shape
+        checkpoint, calibration = self.checkpoint, self.calibration
         self.skeleton: Skeleton = Skeleton(
             checkpoint.source.config,
             checkpoint.family,
             checkpoint.tensor_names,
             folder=checkpoint.source.small_folder(),
-            device=device,
+            device=self.device,
             dtype=torch.float32,
             trust_remote_code=calibration.trust_remote_code,
         )
         self.blocks: dict[str, Block] = {b.name: b for b in (*self.skeleton.blocks, self.skeleton.tail)}
         self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.recipe.activation_dtype]
         hidden = self.skeleton.hidden
-        needed = frontier_bytes(plan, hidden, self.samples, self.tokens)
-        self.in_memory = calibration.offload == "ram" or (calibration.offload == "auto" and needed < free_memory // 2)
+        needed = frontier_bytes(self.plan, hidden, self.samples, self.tokens)
+        self.in_memory = calibration.offload == "ram" or (
+            calibration.offload == "auto" and needed < self.free_memory // 2
+        )
         self.shape = (int(self.samples), int(self.tokens), hidden)
 
-    def go(self, units: Sequence[Work], todo: Sequence[Work]) -> None:
+    def _go(self, units: Sequence[Work], todo: Sequence[Work], interruption: Interruption) -> None:
         for work in todo:
             if work.name not in self.blocks:
                 raise PlanError(
@@ -137,6 +135,7 @@ class _Units:
         after: dict[str, str | None] = dict(zip(names, [*names[1:], None], strict=True))
         for work in todo:
             streams = self._unit(work, streams, after[work.name])
+            interruption.stop_if_asked()
 
     def _look_at_weights(self, todo: Sequence[Work]) -> None:
         """Read all weights once: what cannot be rounded shows before hours are spent. Raises Demoted."""

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from roundel.algorithms import Algorithm, Rounded, Rtn
-from roundel.calibrated import Calibration, run_units
+from roundel.calibrated import Calibration, Units
 from roundel.checkpoint import Checkpoint
 from roundel.errors import NumericsError
 from roundel.fusion import fuses, round_and_pack
+from roundel.interruption import Interruption
 from roundel.io.journal import Journal
 from roundel.io.safetensors import Shard
 from roundel.matrices import Demoted, as_bytes, errors_of, finite, sound
@@ -61,8 +62,23 @@ def run(
     """Carry out a plan. Safe to call again after a crash: finished work is skipped.
 
     calibration   what the plan's algorithm looks at; needed where it reads activations
-    Raises Demoted when weights are not finite, after all of the model was looked at.
+    Raises Demoted when weights are not finite, after all of the model was looked at, and KeyboardInterrupt: after one
+    Ctrl-C at the end of the work at hand, after the second at once.
     """
+    with Interruption() as interruption:
+        return _run(plan, checkpoint, out, workers, device, progress, calibration, interruption)
+
+
+def _run(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    out: Path,
+    workers: int,
+    device: str,
+    progress: Progress | None,
+    calibration: Calibration | None,
+    interruption: Interruption,
+) -> Report:
     started = time.perf_counter()
     identity = {**plan.identity(), "fingerprint": plan.fingerprint}
     journal = Journal(out, identity)
@@ -80,7 +96,7 @@ def run(
     committer = _Committer(journal, tuple(opened.values()))
     chain = plan.recipe.chain
     loop = _Loop(
-        plan, checkpoint, shards, device, committer, progress,
+        plan, checkpoint, shards, device, committer, progress, interruption,
         algorithm=Rtn() if chain.reads_activations else chain.algorithm,
         outside="outside the decoder blocks: rounded to nearest" if chain.reads_activations else None,
     )  # fmt: skip
@@ -92,7 +108,8 @@ def run(
         if loop.bad:
             raise Demoted({w.name: loop.bad[w.name] for w in plan.works if w.name in loop.bad})
         if calibration is not None:
-            run_units(plan, checkpoint, out, shards, journal, calibration, device, _free_memory(), progress)
+            units = Units(plan, checkpoint, out, shards, journal, calibration, device, _free_memory(), progress)
+            units.run(interruption)
     except BaseException:
         for shard in opened.values():
             shard.close()
@@ -165,6 +182,7 @@ class _Loop:
     device: str
     committer: _Committer
     progress: Progress | None
+    interruption: Interruption
     algorithm: Algorithm
     outside: str | None = None  # said of every layer, where the algorithm is not the one asked for
     bad: dict[str, str] = field(default_factory=dict)
@@ -188,9 +206,10 @@ class _Loop:
                 self.stop.set()
         for future in running:
             future.result()
+        self.interruption.stop_if_asked()
 
     def _serve(self) -> None:
-        while not self.stop.is_set():
+        while not (self.stop.is_set() or self.interruption.asked.is_set()):
             with self.lock:
                 work = next(self.queue, None)
             if work is None:
