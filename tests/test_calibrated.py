@@ -113,6 +113,33 @@ def test_killed_before_any_call_that_changes_the_disk(data: Path, tmp_path: Path
         assert hashes(out) == fresh, number
 
 
+@pytest.mark.parametrize("chain", ["signround", "awq,signround"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+def test_several_blocks_are_one_unit(chain: str, model_type: str, data: Path, tmp_path: Path, victims: Victims) -> None:
+    """Three blocks, two at a time: one objective for both, the third alone; resumed between them."""
+    model = build(model_type, tmp_path / "model", shards=2, num_hidden_layers=3)
+    wish = options("signround", data, algorithm=chain, blocks=2, quant_lm_head=True)
+    report = roundel.quantize(model, tmp_path / "fresh", **wish)
+    units = {work.name: work.blocks for work in report.plan.works if work.kind == "unit"}
+    assert units == {
+        "model.layers.0-1": ("model.layers.0", "model.layers.1"),
+        "model.layers.2": ("model.layers.2",),
+        "lm_head": ("lm_head",),
+    }
+    assert verify(tmp_path / "fresh").problems == ()
+    errors = {row.name: (row.error, row.baseline) for row in report.rounded}
+    first, second, third = (errors[f"model.layers.{n}.self_attn.q_proj"] for n in range(3))
+    assert first == second != third
+    assert all(error <= baseline for error, baseline in (first, third))  # type: ignore[operator]
+    if chain == "awq,signround":
+        noted = " ".join(row.note or "" for row in report.rows)
+        assert "model.layers.0.input_layernorm" in noted and "model.layers.1.input_layernorm" in noted, noted
+    calls = victims.calls(model, tmp_path / "again", **wish)
+    assert victims.killed_at(calls * 3 // 4, model, tmp_path / "out", **wish)
+    assert not victims.killed_at(10**6, model, tmp_path / "out", **wish)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "fresh")
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_an_interruption_lets_a_unit_end_first(
     times: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
     from roundel.algorithms import Rounded
     from roundel.calibration.activations import BlockActivations, Frontier
-    from roundel.calibration.skeleton import Block, Skeleton
+    from roundel.calibration.block import Block, Blocks
+    from roundel.calibration.skeleton import Skeleton
 
 __all__ = ["Calibration", "Offload", "Units", "frontier_bytes"]
 
@@ -122,9 +123,10 @@ class Units:
 
     def _go(self, units: Sequence[Work], todo: Sequence[Work], interruption: Interruption) -> None:
         for work in todo:
-            if work.name not in self.blocks:
+            missing = next((name for name in work.blocks if name not in self.blocks), None)
+            if missing is not None:
                 raise PlanError(
-                    f"{work.name} is not among the blocks that transformers' {self.plan.family} runs "
+                    f"{missing} is not among the blocks that transformers' {self.plan.family} runs "
                     f"({', '.join(list(self.blocks)[:2])} ...). Choose an algorithm that looks at no data, such as "
                     "opt-rtn."
                 )
@@ -172,7 +174,7 @@ class Units:
 
     def _unit(self, work: Work, streams: dict[str, Frontier], following: str | None) -> dict[str, Frontier]:
         started = time.perf_counter()
-        block = self.blocks[work.name]
+        block = self._block(work)
         is_last = following is None
         weights = self._weights(work, block)
         behind: dict[str, Frontier] = {}
@@ -207,7 +209,13 @@ class Units:
             self.progress(work, row)
         return behind
 
-    def _weights(self, work: Work, block: Block) -> dict[str, Tensor]:
+    def _block(self, work: Work) -> Block | Blocks:
+        from roundel.calibration.block import Blocks
+
+        several = [self.blocks[name] for name in work.blocks]
+        return several[0] if len(several) == 1 else Blocks(work.name, several)
+
+    def _weights(self, work: Work, block: Block | Blocks) -> dict[str, Tensor]:
         """All tensors of a unit as float32, by name. Raises NumericsError for weights that are not finite."""
         weights: dict[str, Tensor] = {}
         for layer in (*work.layers, *work.decodes):
@@ -222,7 +230,7 @@ class Units:
     def _make(
         self,
         work: Work,
-        block: Block,
+        block: Block | Blocks,
         weights: Mapping[str, Tensor],
         streams: Mapping[str, Frontier],
         behind: Mapping[str, Frontier],
@@ -243,11 +251,9 @@ class Units:
             every_expert=self.recipe.calibrate_all_experts,
             ticker=lambda done, text: self.calibration.tick(work.name, done, text),
         )
-        spaces = (
-            spaces_of(self.checkpoint.family, work.name, {n: tuple(w.shape) for n, w in weights.items()}, self.config)
-            if self.chain.transforms and block is not self.skeleton.tail
-            else ()
-        )
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        inside = work.blocks if self.chain.transforms and block is not self.skeleton.tail else ()
+        spaces = tuple(s for name in inside for s in spaces_of(self.checkpoint.family, name, shapes, self.config))
         return Unit(name=work.name, layers=work.layers, weights=weights, spaces=spaces, activations=entering)
 
     @property
@@ -288,7 +294,9 @@ class Units:
         self.shards[number][name].put(name, data)
         return len(data)
 
-    def _advance(self, block: Block, weights: Mapping[str, Tensor], before: Frontier, behind: Frontier) -> None:
+    def _advance(
+        self, block: Block | Blocks, weights: Mapping[str, Tensor], before: Frontier, behind: Frontier
+    ) -> None:
         import torch
 
         with torch.no_grad():

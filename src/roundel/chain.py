@@ -48,6 +48,11 @@ class Chain:
         return any(step.reads_activations for step in self.steps)
 
     @property
+    def blocks_at_a_time(self) -> int:
+        """Decoder blocks that make a unit."""
+        return self.algorithm.blocks_at_a_time
+
+    @property
     def reads_float_stream(self) -> bool:
         return any(step.reads_float_stream for step in self.steps)
 

@@ -55,14 +55,14 @@ def estimate(plan: Plan, checkpoint: Checkpoint) -> Estimate:
         checkpoint.source.config, checkpoint.family, checkpoint.tensor_names, folder=checkpoint.source.small_folder()
     )
     units = [work for work in plan.works if work.kind == "unit"]
-    first = next(block for block in skeleton.blocks if block.name == units[0].name)
+    first = next(block for block in skeleton.blocks if block.name == units[0].blocks[0])
     shown = min(tokens, PROBE_TOKENS)
     entry = {name: _random(checkpoint, name) for name in skeleton.entry_tensors}
     states = skeleton.enter(torch.zeros((1, shown), dtype=torch.int64), entry)
     per_token = _seconds(first, {name: _random(checkpoint, name) for name in first.tensors}, states) / shown
     passes = 1.0 + recipe.chain.reads_float_stream  # to move on
     passes += sum(step.passes(recipe.nsamples, recipe.batch_size) for step in recipe.chain.steps)
-    size = sum(_weights(work) for work in units) / max(1, _weights(units[0]))
+    size = sum(_weights(work) for work in units) * len(units[0].blocks) / max(1, _weights(units[0]))
     return Estimate(
         seconds=per_token * recipe.nsamples * tokens * passes * size,
         activations=frontier_bytes(plan, skeleton.hidden, recipe.nsamples, tokens),

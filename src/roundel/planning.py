@@ -43,12 +43,13 @@ class Work:
     """The smallest piece of work that is done, committed and resumed as a whole.
 
     name     unique; the layer's, the tensor's or the unit's name
-    kind     "round" a layer, "decode" a packed matrix that stays in full precision, "copy" tensors, or a "unit": a
-             decoder block or the output head, of which all is needed at once
+    kind     "round" a layer, "decode" a packed matrix that stays in full precision, "copy" tensors, or a "unit":
+             decoder blocks, mostly one, or the output head, of which all is needed at once
     layer    for "round" and "decode"
     copies   tensors written along with it: its bias, all of a "copy", what stays of a unit
     layers   the matrices of a unit that are rounded
     decodes  the packed matrices of a unit that stay in full precision
+    blocks   the names of a unit's blocks, in the order they are run
     shards   source files it reads
     """
 
@@ -58,6 +59,7 @@ class Work:
     copies: tuple[Copy, ...] = ()
     layers: tuple[Layer, ...] = ()
     decodes: tuple[Layer, ...] = ()
+    blocks: tuple[str, ...] = ()
     shards: tuple[str, ...] = ()
 
     @property
@@ -230,7 +232,7 @@ def build_plan(
         raise PlanError(problems)
     works = _works(checkpoint, matrices, {layer.name: layer for layer in layers})
     if recipe.chain.reads_activations:
-        works = _units(works, checkpoint)
+        works = _units(works, checkpoint, recipe.chain.blocks_at_a_time)
     _check_names(works, settled, checkpoint.source.name)
     kept = tuple(
         Kept(name=m.name, shape=m.shape, dtype=m.dtype, reason=choices[m.name].origin)
@@ -299,9 +301,9 @@ def _works(checkpoint: Checkpoint, matrices: Mapping[str, Matrix], layers: Mappi
     return tuple(sorted(works, key=lambda w: min(order[t] for t in _tensors(w))))
 
 
-def _units(works: Sequence[Work], checkpoint: Checkpoint) -> tuple[Work, ...]:
-    """Everything of a decoder block as one piece of work, and the output head with it where it is rounded: pieces that
-    stand apart from the blocks first, then the blocks in order."""
+def _units(works: Sequence[Work], checkpoint: Checkpoint, together: int) -> tuple[Work, ...]:
+    """Everything of `together` decoder blocks as one piece of work, and the output head where it is rounded: what
+    stands apart from the blocks first, then the blocks in order."""
     blocks: dict[tuple[str, int], list[Work]] = {}
     apart: list[Work] = []
     heads: list[Work] = []
@@ -315,13 +317,22 @@ def _units(works: Sequence[Work], checkpoint: Checkpoint) -> tuple[Work, ...]:
             heads.append(work)
         else:
             apart.append(work)
-    units = [_unit(f"{path}.{index}", inside) for (path, index), inside in sorted(blocks.items())]
-    return (*apart, *units, *(_unit(work.name, [work]) for work in heads))
+    units: list[Work] = []
+    in_order = sorted(blocks)
+    for path in dict.fromkeys(path for path, _ in in_order):
+        indices = [index for p, index in in_order if p == path]
+        for start in range(0, len(indices), together):
+            part = indices[start : start + together]
+            name = f"{path}.{part[0]}" + (f"-{part[-1]}" if len(part) > 1 else "")
+            inside = [work for index in part for work in blocks[path, index]]
+            units.append(_unit(name, inside, [f"{path}.{index}" for index in part]))
+    return (*apart, *units, *(_unit(work.name, [work], [work.name]) for work in heads))
 
 
-def _unit(name: str, works: Sequence[Work]) -> Work:
+def _unit(name: str, works: Sequence[Work], blocks: Sequence[str]) -> Work:
     return Work(
         name=name,
+        blocks=tuple(blocks),
         kind="unit",
         copies=tuple(c for w in works for c in w.copies),
         layers=tuple(w.layer for w in works if w.kind == "round" and w.layer is not None),

@@ -49,6 +49,11 @@ class Algorithm(Protocol):
         return False
 
     @property
+    def blocks_at_a_time(self) -> int:
+        """Decoder blocks that make a unit: their layers are handed to `quantize` together."""
+        return 1
+
+    @property
     def permutes(self) -> bool:
         """Whether columns are put into groups that do not lie side by side, so that a format must store an index."""
         return False

@@ -40,7 +40,7 @@ class SignRound(Algorithm):
     keep_best   whether the best of several states is kept, by the error on a fixed set of samples; else the last
     batch_size  samples of a step; none: as many as are run together
     gradient_accumulation   batches whose gradients are summed up for a step
-    blocks      decoder blocks learned together; only 1
+    blocks      decoder blocks learned together, for the error behind the last of them; memory grows with it
     low_memory  run samples one at a time, their gradients summed up: the same steps but for float rounding
     seed        of the order in which samples are drawn
     """
@@ -65,7 +65,7 @@ class SignRound(Algorithm):
     seed: int = 42
 
     def __post_init__(self) -> None:
-        lowest = {"iters": 0, "batch_size": 1, "gradient_accumulation": 1, "seed": 0}
+        lowest = {"iters": 0, "batch_size": 1, "gradient_accumulation": 1, "blocks": 1, "seed": 0}
         for name, low in lowest.items():
             value = getattr(self, name)
             if value is not None and value < low:
@@ -79,11 +79,6 @@ class SignRound(Algorithm):
                 raise RecipeError(
                     f"signround: {name}={getattr(self, name)!r} is not possible; choose {' or '.join(allowed)}."
                 )
-        if self.blocks != 1:
-            raise RecipeError(
-                f"signround: blocks={self.blocks} is not possible: a unit is one decoder block, and units are learned "
-                "one at a time. Leave blocks at 1."
-            )
 
     @property
     def reads_activations(self) -> bool:
@@ -92,6 +87,10 @@ class SignRound(Algorithm):
     @property
     def reads_float_stream(self) -> bool:
         return True
+
+    @property
+    def blocks_at_a_time(self) -> int:
+        return self.blocks
 
     def passes(self, samples: int, batch: int) -> float:
         a_step = min(self.batch_size or batch, samples) * self.gradient_accumulation / samples

@@ -5,7 +5,7 @@ The module holds no numbers: weights are arguments of `torch.func.functional_cal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from torch.func import functional_call
 from roundel.calibration.experts import experts_and_inputs, experts_prefix
 from roundel.unit import Call
 
-__all__ = ["Block"]
+__all__ = ["Block", "Blocks"]
 
 See = Callable[[str, Tensor], None]
 Run = Callable[[Mapping[str, Tensor], Tensor], Tensor]
@@ -145,6 +145,52 @@ class Block:
 
     def _numbers(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: weights[tensor] for name, tensor in self._names.parameters.items()}
+
+
+class Blocks:
+    """Blocks that follow each other, as one: what leaves one enters the next. See Block."""
+
+    def __init__(self, name: str, blocks: Sequence[Block]) -> None:
+        self.name, self._blocks = name, tuple(blocks)
+        self.tensors = tuple(tensor for block in blocks for tensor in block.tensors)
+        self.modules = tuple(module for block in blocks for module in block.modules)
+
+    def forward(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        for block in self._blocks:
+            x = block.forward(x, weights)
+        return x
+
+    def observe(
+        self,
+        x: Tensor,
+        weights: Mapping[str, Tensor],
+        see: See,
+        modules: Collection[str],
+        every_expert: bool = False,
+    ) -> None:
+        last = max((n for n, block in enumerate(self._blocks) if not set(block.modules).isdisjoint(modules)), default=0)
+        with torch.no_grad():
+            for number, block in enumerate(self._blocks[: last + 1]):
+                block.observe(x, weights, see, [m for m in modules if m in block.modules], every_expert)
+                if number < last:
+                    x = block.forward(x, weights)
+
+    def calls(self, x: Tensor, weights: Mapping[str, Tensor], module: str) -> Call:
+        home = self._home(module)
+        with torch.no_grad():
+            for block in self._blocks[: self._blocks.index(home)]:
+                x = block.forward(x, weights)
+        return home.calls(x, weights, module)
+
+    def call(self, call: Call, weights: Mapping[str, Tensor]) -> Tensor:
+        return self._home(call.module).call(call, weights)
+
+    def _home(self, module: str) -> Block:
+        """The block that a module is in. Raises LookupError when none is."""
+        for block in self._blocks:
+            if f"{module}.".startswith(f"{block.name}."):
+                return block
+        raise LookupError(f"{module} is no module of {self.name}")
 
 
 class _Looking:

@@ -41,7 +41,7 @@ def prove(unit: Unit) -> tuple[Unit, dict[str, str]]:
         if rounded.isdisjoint(space.readers):
             notes[space.name] = "skipped: nothing that reads it is rounded"
         else:
-            kinds.setdefault(_INDEX.sub(".0", space.name[len(unit.name) :]), []).append(space)
+            kinds.setdefault(_INDEX.sub(".0", space.name), []).append(space)
     if kinds:
         trial = _Trial(unit)
         for spaces in kinds.values():
