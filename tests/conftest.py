@@ -1,0 +1,13 @@
+"""What every test may rely on, however the tests were started."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+# Matrices in tests are too small for threads, which only wait for each other on a busy machine. Read when torch is
+# first imported, here and in children.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell that starts something in the background has it ignore Ctrl-C; children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
