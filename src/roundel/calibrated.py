@@ -178,8 +178,8 @@ class Units:
         is_last = following is None
         weights = self._weights(work, block)
         behind: dict[str, Frontier] = {}
-        if self.chain.reads_float_stream and not is_last:
-            behind["float"] = self._frontier(following or "", "float")
+        if self.chain.reads_float_stream and block is not self.skeleton.tail:  # the target, even where nothing follows
+            behind["float"] = self._frontier(following or f"{work.name}.behind", "float")
             self._advance(block, weights, streams["float"], behind["float"])
         unit = self._make(work, block, weights, streams, behind)
         notes: list[str] = []
@@ -202,7 +202,7 @@ class Units:
             for frontier in set(behind.values()):
                 frontier.save()
         self._commit(work, row)
-        for frontier in set(streams.values()):
+        for frontier in {*streams.values(), *(behind.values() if is_last else ())}:
             frontier.close(delete=True)
         self._log(row, seconds)
         if self.progress is not None:
