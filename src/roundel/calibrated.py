@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["Calibration", "Offload", "Units", "frontier_bytes"]
 
 Offload = Literal["auto", "ram", "disk"]
+PART_TOKENS = 2048  # run at once on CPU where only outputs count: more is not faster, and takes memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +121,8 @@ class Units:
             calibration.offload == "auto" and needed < self.free_memory // 2
         )
         self.shape = (int(self.samples), int(self.tokens), hidden)
+        largest = max(1, PART_TOKENS // int(self.tokens)) if self.device == "cpu" else self.recipe.batch_size
+        self.part = min(self.recipe.batch_size, largest)
 
     def _go(self, units: Sequence[Work], todo: Sequence[Work], interruption: Interruption) -> None:
         for work in todo:
@@ -181,12 +184,7 @@ class Units:
         if self.chain.reads_float_stream and block is not self.skeleton.tail:  # the target, even where nothing follows
             behind["float"] = self._frontier(following or f"{work.name}.behind", "float")
             self._advance(block, weights, streams["float"], behind["float"])
-        unit = self._make(work, block, weights, streams, behind)
-        notes: list[str] = []
-        for transform in self.chain.transforms:
-            transformed = transform.apply(unit)
-            unit = transformed.unit
-            notes += [f"{transform.name}: {name}: {text}" for name, text in transformed.notes.items()]
+        unit, notes = self._transformed(self._make(work, block, weights, streams, behind))
         rounded = self.chain.algorithm.quantize(unit)
         row = self._write(work, unit, weights, rounded, notes)
         seconds = time.perf_counter() - started
@@ -208,6 +206,14 @@ class Units:
         if self.progress is not None:
             self.progress(work, row)
         return behind
+
+    def _transformed(self, unit: Unit) -> tuple[Unit, list[str]]:
+        notes: list[str] = []
+        for transform in self.chain.transforms:
+            found = transform.apply(unit)
+            unit = found.unit
+            notes += [f"{transform.name}: {name}: {text}" for name, text in found.notes.items()]
+        return unit, notes
 
     def _block(self, work: Work) -> Block | Blocks:
         from roundel.calibration.block import Blocks
@@ -247,6 +253,7 @@ class Units:
             samples=self.shape[0],
             tokens=self.shape[1],
             batch=self.recipe.batch_size,
+            part=self.part,
             device=self.device,
             every_expert=self.recipe.calibrate_all_experts,
             ticker=lambda done, text: self.calibration.tick(work.name, done, text),
@@ -332,8 +339,8 @@ class Units:
         return self.out / f"{name}.{stream}{FRONTIER}"
 
     def _batches(self) -> Iterator[range]:
-        for start in range(0, int(self.samples), self.recipe.batch_size):
-            yield range(start, min(start + self.recipe.batch_size, int(self.samples)))
+        for start in range(0, int(self.samples), self.part):
+            yield range(start, min(start + self.part, int(self.samples)))
 
     def _float(self, tensor: Tensor) -> Tensor:
         return (tensor.float() if tensor.is_floating_point() else tensor).to(self.device)

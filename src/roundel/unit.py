@@ -167,7 +167,11 @@ class Activations(Protocol):
 
     @property
     def batch(self) -> int:
-        """Samples to run together."""
+        """Samples of a step of learning."""
+
+    @property
+    def part(self) -> int:
+        """Samples to run together where only outputs count, for the sake of memory; at most `batch`."""
 
     def inputs(self, samples: Sequence[int], stream: Stream = "quantized") -> Tensor:
         """[len(samples), tokens, hidden], on the unit's device, in the dtype it computes in."""

@@ -133,6 +133,7 @@ class ToyActivations:
     own: Mapping[str, Tensor]
     streams: Mapping[str, Tensor]
     batch: int = 4
+    part: int = 4
     ticks: list[tuple[float, str]] = field(default_factory=list)
 
     @property

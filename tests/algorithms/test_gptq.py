@@ -43,6 +43,7 @@ class Fed:
     samples: int = 4
     tokens: int = 16
     batch: int = 4
+    part: int = 4
 
     def observe(
         self,

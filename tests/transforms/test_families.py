@@ -46,6 +46,7 @@ def units(folder: Path) -> list[Unit]:
             samples=2,
             tokens=24,
             batch=2,
+            part=2,
             device="cpu",
             every_expert=False,
             ticker=lambda done, text: None,

@@ -195,7 +195,7 @@ def _error(unit: Unit, how: SignRound, state: Mapping[str, QuantizedTensor], rou
         rounded[layer.tensor].copy_(state[layer.name].decode())
     count = min(MEASURED, entering.samples)
     chosen = [entering.samples * i // count for i in range(count)]
-    part = 1 if how.low_memory else entering.batch
+    part = 1 if how.low_memory else entering.part
     total = 0.0
     for start in range(0, count, part):
         some = chosen[start : start + part]

@@ -164,6 +164,8 @@ class BlockActivations:
     own       the unit's tensors by name, for those a caller leaves out
     layers    module names of the unit's layers
     streams   where the hidden states of each stream are; "target" may be missing: then it is computed when asked for
+    batch     samples of a step of learning
+    part      samples that are run at once where only outputs count
     ticker    called with how far the unit is and a text
     """
 
@@ -174,6 +176,7 @@ class BlockActivations:
     samples: int
     tokens: int
     batch: int
+    part: int
     device: str
     every_expert: bool
     ticker: Callable[[float, str], None]
@@ -213,9 +216,9 @@ class BlockActivations:
         self.ticker(done, text)
 
     def batches(self) -> Iterator[range]:
-        """Samples, `batch` at a time, in order."""
-        for start in range(0, self.samples, self.batch):
-            yield range(start, min(start + self.batch, self.samples))
+        """All samples in order, `part` at a time."""
+        for start in range(0, self.samples, self.part):
+            yield range(start, min(start + self.part, self.samples))
 
     def _all(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return ChainMap(dict(weights), dict(self.own))

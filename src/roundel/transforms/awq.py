@@ -176,8 +176,8 @@ def _module(unit: Unit, space: Space, tokens: int, stream: Stream) -> Loss:
     count = min(entering.samples, max(1, -(-tokens // entering.tokens)))
     chosen = [number * entering.samples // count for number in range(count)]
     runs: list[Callable[[Mapping[str, Tensor]], Tensor]] = []
-    for start in range(0, count, entering.batch):
-        runs.append(_run(unit, space.parent, chosen[start : start + entering.batch], stream))
+    for start in range(0, count, entering.part):
+        runs.append(_run(unit, space.parent, chosen[start : start + entering.part], stream))
     with torch.no_grad():
         exact = [run(unit.weights) for run in runs]
 
