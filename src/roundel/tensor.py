@@ -30,6 +30,8 @@ _TORCH_NAMES = {
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
 
+DECODED = 1 << 20  # weights decoded at a time
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -84,12 +86,20 @@ class QuantizedTensor:
         return self.codes.shape[0], self.codes.shape[1]
 
     def decode(self) -> Tensor:
-        """The float32 weights, [out, in]."""
-        weights = code_values(self.codes, self.grid)
-        if self.zero is not None:
-            weights = weights - spread(self.zero.float(), self)
-        weights = weights * spread(plain(self.scale), self)
-        return weights if self.offset is None else weights + spread(self.offset.float(), self)
+        """The float32 weights, [out, in]; a slab of rows at a time, so that little more than these is held."""
+        import torch
+
+        out, width = self.shape
+        weights = torch.empty(self.shape, dtype=torch.float32, device=self.codes.device)
+        scale, rows = plain(self.scale), max(1, DECODED // max(1, width))
+        for start in range(0, out, rows):
+            part = slice(start, min(start + rows, out))
+            values = code_values(self.codes[part], self.grid)
+            if self.zero is not None:
+                values = values - spread(self.zero.float(), self, part)
+            values = values * spread(scale, self, part)
+            weights[part] = values if self.offset is None else values + spread(self.offset.float(), self, part)
+        return weights
 
 
 def code_values(codes: Tensor, grid: Grid) -> Tensor:
@@ -106,13 +116,16 @@ def plain(scale: Tensor | QuantizedTensor) -> Tensor:
     return scale.decode() if isinstance(scale, QuantizedTensor) else scale.float()
 
 
-def spread(per_block: Tensor, like: QuantizedTensor) -> Tensor:
-    """One value per block [out/r, in/c] -> one value per weight [out, in]; a last block may be cut short."""
+def spread(per_block: Tensor, like: QuantizedTensor, part: slice = slice(None)) -> Tensor:
+    """One value per block [out/r, in/c] -> one value per weight, of all rows or of a part of them. A last block may be
+    cut short."""
     rows, columns = like.grid.block_of(like.shape)
+    if rows == 1:
+        per_block = per_block[part]
+    else:
+        per_block = per_block.repeat_interleave(rows, dim=0)[: like.shape[0]][part]
     if like.group_index is not None:
         return per_block[:, like.group_index.long()]
-    if rows != 1:
-        per_block = per_block.repeat_interleave(rows, dim=0)[: like.shape[0]]
     return per_block.repeat_interleave(columns, dim=1)[:, : like.shape[1]]
 
 
