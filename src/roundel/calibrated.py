@@ -23,7 +23,7 @@ from roundel.io.safetensors import Shard
 from roundel.io.source import LocalFiles
 from roundel.matrices import Demoted, as_bytes, errors_of, finite, sound
 from roundel.output import FRONTIER
-from roundel.planning import Plan, Work
+from roundel.planning import Plan, Work, part_of
 from roundel.report import LOG, Progress, Row, row_of
 from roundel.unit import Unit
 
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["Calibration", "Offload", "Units", "frontier_bytes"]
 
 Offload = Literal["auto", "ram", "disk"]
-PART_TOKENS = 2048  # run at once on CPU where only outputs count: more is not faster, and takes memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +120,7 @@ class Units:
             calibration.offload == "auto" and needed < self.free_memory // 2
         )
         self.shape = (int(self.samples), int(self.tokens), hidden)
-        largest = max(1, PART_TOKENS // int(self.tokens)) if self.device == "cpu" else self.recipe.batch_size
-        self.part = min(self.recipe.batch_size, largest)
+        self.part = part_of(self.recipe, int(self.tokens), self.device)
 
     def _go(self, units: Sequence[Work], todo: Sequence[Work], interruption: Interruption) -> None:
         for work in todo:

@@ -53,6 +53,15 @@ class Chain:
         return self.algorithm.blocks_at_a_time
 
     @property
+    def copies(self) -> float:
+        """Float32 copies of a unit's weights that are held at once."""
+        return max(step.copies for step in self.steps)
+
+    def learns_on(self, batch: int) -> int:
+        """Samples that are run forward and backward at once; 0 where no step learns."""
+        return max(step.learns_on(batch) for step in self.steps)
+
+    @property
     def reads_float_stream(self) -> bool:
         return any(step.reads_float_stream for step in self.steps)
 

@@ -27,7 +27,7 @@ from roundel.scheme import Scheme
 from roundel.tensor import ITEMSIZE, TensorSpec
 from roundel.unit import Layer, Piece
 
-__all__ = ["Copy", "Kept", "Output", "Plan", "Work", "build_plan"]
+__all__ = ["Copy", "Kept", "Output", "Plan", "Work", "build_plan", "part_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,20 +169,54 @@ class Plan:
             needs_torch |= not (plain or fused)
             sizes.append(_working_bytes(work, formats, fused, plain))
         base = BASE_WITH_TORCH if needs_torch else BASE_PLAIN
-        return base + sum(sorted(sizes, reverse=True)[:workers])
+        apart = sum(sorted(sizes, reverse=True)[:workers])
+        return base + max(apart, sum(self.unit_memory(device)))
+
+    def unit_memory(self, device: str = "cpu") -> tuple[int, int]:
+        """Bytes of the largest unit while it is worked on: of its weights, in all copies that the steps hold, and of
+        the activations of the samples that run through it at once. What lies between units comes on top."""
+        found = (0, 0)
+        for work in self.works:
+            if work.kind == "unit":
+                found = max(found, _unit_bytes(work, self.recipe, device), key=sum)
+        return found
 
 
 COPY_BYTES = 8 << 20  # a copy goes from file to file, at most through a buffer of this size
 BASE_PLAIN = 141 << 20  # interpreter, numpy, numba, rich: measured
 BASE_WITH_TORCH = 330 << 20  # the same with torch: measured
 FLOAT_BYTES = 17  # for each weight of a matrix on its way through torch: stored, decoded thrice over, codes
+PART_TOKENS = 2048  # run at once on CPU where only outputs count: more is not faster, and takes memory
+EXPERTS_A_TOKEN = 4
+KEPT_FORWARD = 0.6  # of what a unit's layers are given and hand on, at once
 COMPARED_BYTES = 24 << 20  # of float64, while a matrix is compared with what it became
+
+
+def part_of(recipe: Recipe, tokens: int, device: str) -> int:
+    """Samples of so many tokens that are run at once where only outputs count."""
+    return min(recipe.batch_size, max(1, PART_TOKENS // tokens)) if device == "cpu" else recipe.batch_size
+
+
+def _unit_bytes(work: Work, recipe: Recipe, device: str) -> tuple[int, int]:
+    """(weights, activations). Where a step learns, all that layers are given and hand on is kept for the way back; else
+    the largest of it. Of experts about EXPERTS_A_TOKEN count."""
+    layers = (*work.layers, *work.decodes)
+    largest = max((layer.parameters for layer in layers), default=0)
+    weights = 4 * (recipe.chain.copies * sum(layer.parameters for layer in layers) + 2 * largest)
+    experts = [sum(layer.shape) for layer in layers if layer.role == "expert"]
+    width = sum(sum(layer.shape) for layer in layers if layer.role != "expert")
+    width += 3 * EXPERTS_A_TOKEN * max(experts, default=0)
+    learned = recipe.chain.learns_on(recipe.batch_size)
+    forward = KEPT_FORWARD * width * part_of(recipe, recipe.seqlen, device)
+    return int(weights), int(4 * recipe.seqlen * max(width * learned, forward))
 
 
 def _working_bytes(work: Work, formats: Sequence[Format], fused: bool, plain: bool) -> int:
     """Bytes one piece of work holds at its peak: a slab and the packed parts, or matrices in float and in codes."""
     if plain:
         return COPY_BYTES
+    if work.kind == "unit":
+        return 0
     if work.layer is None:
         return sum(2 * c.spec.nbytes for c in work.copies)
     layer = work.layer

@@ -62,6 +62,15 @@ class Algorithm(Protocol):
         """What it costs, in forward passes of a unit over all samples; a backward pass counts two. For estimates."""
         return 1.0 if self.reads_activations else 0.0
 
+    @property
+    def copies(self) -> float:
+        """Float32 copies of a unit's weights that are held at once, these among them. For estimates."""
+        return 1.25
+
+    def learns_on(self, batch: int) -> int:
+        """Samples it runs forward and backward at once; 0 where it only runs forward. For estimates."""
+        return 0
+
     def refuse(self, layer: Layer) -> str | None:
         """Why this layer is out of reach, or None. Asked at plan time."""
 

@@ -133,6 +133,10 @@ class Gptq(Algorithm):
     def passes(self, samples: int, batch: int) -> float:
         return 5.0 if self.true_sequential else 3.0
 
+    @property
+    def copies(self) -> float:
+        return 2.25
+
     def refuse(self, layer: Layer) -> str | None:
         grid = layer.scheme.weight
         if grid.block[0] != 1 or not (grid.element.is_integer or grid.scale == "E8M0"):

@@ -96,6 +96,13 @@ class SignRound(Algorithm):
         a_step = min(self.batch_size or batch, samples) * self.gradient_accumulation / samples
         return 3.0 + 3.0 * self.iters * a_step
 
+    @property
+    def copies(self) -> float:
+        return (3.5 if self.optimizer == "sign" else 5.5) + (self.low_memory or self.gradient_accumulation > 1)
+
+    def learns_on(self, batch: int) -> int:
+        return 1 if self.low_memory else self.batch_size or batch
+
     def refuse(self, layer: Layer) -> str | None:
         grid = layer.scheme.weight
         if grid.block[0] != 1 or not (grid.element.is_integer or grid.scale == "E8M0"):

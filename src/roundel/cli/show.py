@@ -68,7 +68,7 @@ def print_plan(plan: Plan, workers: int, device: str) -> None:
         console.print(kept)
     console.print()
     if plan.recipe.chain.reads_activations:
-        _print_units(plan)
+        _print_units(plan, device)
     for note in plan.notes:
         console.print(f"[yellow]note[/] {escape(note)}")
     console.print(
@@ -87,7 +87,7 @@ def print_plan(plan: Plan, workers: int, device: str) -> None:
     )
 
 
-def _print_units(plan: Plan) -> None:
+def _print_units(plan: Plan, device: str) -> None:
     """The units of a plan that looks at data, what is done with each, and on what."""
     recipe = plan.recipe
     steps = ", then ".join(step.name for step in recipe.chain.steps)
@@ -98,7 +98,12 @@ def _print_units(plan: Plan) -> None:
     console.print(units)
     console.print(
         f"calibrated on {escape(recipe.dataset)}: {recipe.nsamples} samples of {recipe.seqlen} tokens, "
-        f"{recipe.batch_size} at a time, seed {recipe.seed}\n"
+        f"{recipe.batch_size} at a time, seed {recipe.seed}"
+    )
+    weights, activations = plan.unit_memory(device)
+    console.print(
+        f"one unit at a time in memory: about {size(weights)} of weights and what is made of them, "
+        f"{size(activations)} of activations\n"
     )
 
 

@@ -21,7 +21,7 @@ from roundel.transforms.absorb import absorb, storable
 from roundel.transforms.clip import clipped
 from roundel.transforms.inputs import Entering, columns_to_channels, enter
 from roundel.transforms.proof import prove
-from roundel.transforms.transform import Transformed
+from roundel.transforms.transform import Transform, Transformed
 from roundel.transforms.trial import refusal, round_trip
 from roundel.unit import Call, Layer, Space, Stream, Unit
 
@@ -36,7 +36,7 @@ EXPERT_SHARE = 4  # a routed expert keeps a quarter of the tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class Awq:
+class Awq(Transform):
     """Searched scales, then searched clipping ranges.
 
     n_grid         ratios to try, evenly spaced up to 1

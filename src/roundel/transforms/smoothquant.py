@@ -17,7 +17,7 @@ from roundel.errors import RecipeError
 from roundel.transforms.absorb import absorb, storable
 from roundel.transforms.inputs import Entering, columns_to_channels, enter, largest_weights
 from roundel.transforms.proof import prove
-from roundel.transforms.transform import Transformed
+from roundel.transforms.transform import Transform, Transformed
 from roundel.unit import Layer, Space, Unit
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ __all__ = ["SmoothQuant", "smooth_scale"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmoothQuant:
+class SmoothQuant(Transform):
     """Closed-form scales.
 
     alpha   how much of a channel's size moves from the inputs to the weights, 0 to 1

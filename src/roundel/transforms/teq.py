@@ -19,7 +19,7 @@ from roundel.transforms.absorb import absorb, storable
 from roundel.transforms.inputs import enter
 from roundel.transforms.proof import prove
 from roundel.transforms.smoothquant import smooth_scale
-from roundel.transforms.transform import Transformed
+from roundel.transforms.transform import Transform, Transformed
 from roundel.transforms.trial import refusal, rounded_weights
 from roundel.unit import Layer, Unit
 
@@ -91,7 +91,7 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Teq:
+class Teq(Transform):
     """Scales trained a block at a time.
 
     steps        updates of a block's scales
@@ -137,6 +137,9 @@ class Teq:
 
     def passes(self, samples: int, batch: int) -> float:
         return 2.0 + 3.0 * self.steps * min(self.batch_size, samples) / samples
+
+    def learns_on(self, batch: int) -> int:
+        return self.batch_size
 
     def refuse(self, layer: Layer) -> str | None:
         return refusal(layer)

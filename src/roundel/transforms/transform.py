@@ -23,7 +23,7 @@ class Transformed:
 
 
 class Transform(Protocol):
-    """A frozen dataclass: its fields are the hyperparameters and their defaults, as an algorithm's are."""
+    """A frozen dataclass that inherits from this: its fields are the hyperparameters, as an algorithm's are."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
@@ -39,6 +39,15 @@ class Transform(Protocol):
 
     def passes(self, samples: int, batch: int) -> float:
         """What it costs, in forward passes of a unit over all samples; a backward pass counts two. For estimates."""
+
+    @property
+    def copies(self) -> float:
+        """Float32 copies of a unit's weights that are held at once, these among them. For estimates."""
+        return 2.0
+
+    def learns_on(self, batch: int) -> int:
+        """Samples it runs forward and backward at once; 0 where it only runs forward. For estimates."""
+        return 0
 
     def refuse(self, layer: Layer) -> str | None:
         """Why a layer makes this transform impossible, or None. Asked at plan time."""
