@@ -135,7 +135,7 @@ class Gptq(Algorithm):
 
     @property
     def copies(self) -> float:
-        return 2.25
+        return 3.0
 
     def refuse(self, layer: Layer) -> str | None:
         grid = layer.scheme.weight
