@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -21,7 +21,6 @@ from roundel.scheme import Scheme
 from roundel.tensor import QuantizedTensor, TensorSpec
 from roundel.unit import Layer, Stored, Stream, Unit
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SCHEMES = ("W2A16G32", "W3A16G32_ASYM", "W4A16G-1", "W4A16G48", "W8A16G32", "MXFP4", "MXFP8")
 OPTIONS = (
     {},
@@ -76,15 +75,6 @@ def unit_of(fed: Mapping[str, list[Tensor]], schemes: str | Mapping[str, str] = 
         layers.append(Layer(name=name, shape=shape, dtype="BF16", scheme=scheme, stored=Stored()))
         weights[f"{name}.weight"] = torch.randn(shape, generator=generator) * 0.05
     return Unit(name="unit", layers=tuple(layers), weights=weights, activations=Fed(fed))  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Matrices this small are not worth two threads, which wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def inputs(width: int = 64, tokens: int = 256, seed: int = 0) -> Tensor:

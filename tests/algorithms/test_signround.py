@@ -55,14 +55,6 @@ def assert_same(left: Mapping[str, Rounded], right: Mapping[str, Rounded]) -> No
         assert torch.equal(a.decode(), b.decode()), name
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> object:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class _Round(torch.autograd.Function):
     @staticmethod
     def forward(context: object, x: Tensor) -> Tensor:  # type: ignore[override]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -26,18 +25,9 @@ from roundel.ops.minifloat import decode_e8m0, round_e2m1, round_e4m3
 from roundel.ops.numba.feedback import round_block_by_kernel, trial_losses_by_kernel
 from roundel.scheme import Grid, Scheme
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SCHEMES = ("W2A16G32", "W3A16G32_ASYM", "W4A16G16", "W4A16G-1", "W5A16G48_ASYM", "W8A16G64", "MXFP4", "MXFP8")
+USUAL = {"trials": 4, "block_size": 128}
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Matrices this small are not worth two threads, which wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def problem(width: int, rows: int = 24, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -87,13 +77,13 @@ def rounded(
     weight: Tensor, factors: Factors, arrangement: Arrangement, grid: Grid, **options: int
 ) -> tuple[Tensor, Tensor, Scales]:
     """(what is decoded [rows, width], errors in rounding order, scales) of `round_columns`."""
-    ordered = weight[:, arrangement.order].T.contiguous()
+    ordered, told = weight[:, arrangement.order].T.contiguous(), USUAL | options
     fixed = None
     if arrangement.static:
         places = arrangement.order.argsort()
         columns = grid.block_of((weight.shape[0], weight.shape[1]))[1]
-        fixed = static_scales(weight.T.contiguous(), factors.strength[places], columns, grid, options.get("trials", 6))
-    _, scales = round_columns(ordered, factors, arrangement, grid, fixed=fixed, **options)
+        fixed = static_scales(weight.T.contiguous(), factors.strength[places], columns, grid, told["trials"])
+    _, scales = round_columns(ordered, factors, arrangement, grid, fixed=fixed, **told)
     decoded = torch.empty_like(weight)
     decoded[:, arrangement.order] = weight[:, arrangement.order] - ordered.T
     return decoded, ordered, scales
@@ -103,7 +93,7 @@ def setting(name: str, width: int, **options: bool) -> tuple[Grid, Tensor, Tenso
     grid = Scheme.parse(name).weight
     weight, hessian = problem(width)
     arrangement = arrange(hessian.diagonal(), grid.block_of((24, width))[1], **options)
-    factors = factorize(hessian.clone(), arrangement.order)
+    factors = factorize(hessian.clone(), arrangement.order, damping=0.01, step=0.01)
     assert factors is not None
     return grid, weight, hessian, arrangement, factors
 
@@ -165,6 +155,7 @@ def test_errors_and_losses_are_what_they_say(name: str, options: dict[str, bool]
         arrangement,
         grid,
         fixed=scales if arrangement.static else None,
+        **USUAL,
     )
     if grid.element.is_integer:
         levels = codes.view(torch.int8).float() if grid.symmetric else codes.float() + scales.lowest[arrangement.group]
@@ -199,7 +190,7 @@ def test_columns_that_saw_nothing_are_rounded_to_nearest(name: str) -> None:
     dead = [5, 64, 100]
     hessian[dead], hessian[:, dead] = 0, 0
     arrangement = arrange(hessian.diagonal(), grid.block[1])
-    factors = factorize(hessian, arrangement.order)
+    factors = factorize(hessian, arrangement.order, damping=0.01, step=0.01)
     assert factors is not None
     decoded, _, scales = rounded(weight, factors, arrangement, grid)
     for column in dead:
@@ -215,7 +206,7 @@ def test_groups_of_one_sign_use_their_codes() -> None:
     weight, hessian = problem(64)
     arrangement = arrange(hessian.diagonal(), 16)
     for sign in (1, -1):
-        factors = factorize(hessian.clone(), arrangement.order)
+        factors = factorize(hessian.clone(), arrangement.order, damping=0.01, step=0.01)
         assert factors is not None
         one_sided = sign * (weight.abs() + 0.02)
         decoded, _, scales = rounded(one_sided, factors, arrangement, grid, trials=0)
@@ -230,7 +221,7 @@ def test_static_groups_keep_their_own_ranges_in_any_order() -> None:
     weight = weight * torch.tensor([0.1, 1.0, 10.0, 100.0]).repeat_interleave(32)
     for options in ({}, {"act_order": True}, {"group_order": False}):
         arrangement = arrange(hessian.diagonal(), 32, static_groups=True, **options)
-        factors = factorize(hessian.clone(), arrangement.order)
+        factors = factorize(hessian.clone(), arrangement.order, damping=0.01, step=0.01)
         assert factors is not None
         _, _, scales = rounded(weight, factors, arrangement, grid, trials=0)
         for group in range(4):
@@ -242,7 +233,7 @@ def test_the_search_keeps_the_smallest_zero_point() -> None:
     grid = replace(Scheme.parse("W4A16G32_ASYM").weight, lowest_zero=1)
     weight, hessian = problem(96)
     arrangement = arrange(hessian.diagonal(), 32)
-    factors = factorize(hessian, arrangement.order)
+    factors = factorize(hessian, arrangement.order, damping=0.01, step=0.01)
     assert factors is not None
     _, _, scales = rounded(weight.abs(), factors, arrangement, grid)
     assert int(-scales.lowest.max()) >= 1

@@ -36,7 +36,7 @@ def test_accumulated_in_parts_it_is_the_product(block: int, dtype: torch.dtype) 
 def test_factors_are_the_hessian(block: int) -> None:
     hessian = moments(70, 300)
     order = torch.randperm(70, generator=torch.Generator().manual_seed(1))
-    factors = factorize(hessian.clone(), order, damping=0.02)
+    factors = factorize(hessian.clone(), order, damping=0.02, step=0.01)
     assert factors is not None
     assert factors.damping == 0.02
     unit = factors.upper.triu(1) + torch.eye(70)
@@ -51,7 +51,7 @@ def test_the_loss_is_the_quadratic_form(block: int) -> None:
     hessian = moments(70, 300)
     hessian[7], hessian[:, 7] = 0, 0  # a column that saw nothing counts as an average one
     order = torch.randperm(70)
-    factors = factorize(hessian.clone(), order, damping=0.3)
+    factors = factorize(hessian.clone(), order, damping=0.3, step=0.01)
     assert factors is not None
     error = torch.randn(5, 70)
     mean = hessian.diagonal().sum() / 69
@@ -88,7 +88,7 @@ def test_damping_fits_the_number_of_tokens() -> None:
 def test_columns_that_saw_nothing_take_and_give_no_feedback() -> None:
     hessian = moments(32, 100)
     hessian[[3, 9]], hessian[:, [3, 9]] = 0, 0
-    factors = factorize(hessian, torch.arange(32))
+    factors = factorize(hessian, torch.arange(32), damping=0.01, step=0.01)
     assert factors is not None
     upper = factors.upper.triu(1)
     assert (upper[[3, 9]] == 0).all()
@@ -97,10 +97,10 @@ def test_columns_that_saw_nothing_take_and_give_no_feedback() -> None:
 
 
 def test_a_singular_hessian_is_damped(block: int) -> None:
-    factors = factorize(moments(64, 5), torch.arange(64))  # 5 tokens, 64 columns
+    factors = factorize(moments(64, 5), torch.arange(64), damping=0.01, step=0.01)  # 5 tokens, 64 columns
     assert factors is not None
     assert factors.damping == 0.01
-    undamped = factorize(torch.ones(64, 64), torch.arange(64), damping=0.0)
+    undamped = factorize(torch.ones(64, 64), torch.arange(64), damping=0.0, step=0.01)
     assert undamped is not None
     assert undamped.damping > 0
 
@@ -124,7 +124,7 @@ def test_floors_come_after_damping(block: int) -> None:
     hessian = torch.eye(48) * 1e-8
     hessian[0, 0] = 1.0
     hessian[1, 2] = hessian[2, 1] = 0.05  # far more than the geometric mean of its diagonal entries
-    factors = factorize(hessian, torch.arange(48), damping=0.0)
+    factors = factorize(hessian, torch.arange(48), damping=0.0, step=0.01)
     assert factors is not None
     assert factors.damping == 1.0
     assert factors.added[1] > 0.05
@@ -132,6 +132,6 @@ def test_floors_come_after_damping(block: int) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
 def test_what_cannot_be_factored_is_told_not_raised(value: float) -> None:
-    assert factorize(torch.full((16, 16), value), torch.arange(16)) is None
+    assert factorize(torch.full((16, 16), value), torch.arange(16), damping=0.01, step=0.01) is None
     hopeless = -1e6 * (torch.ones(16, 16) - torch.eye(16)) + torch.eye(16)
-    assert factorize(hopeless, torch.arange(16)) is None
+    assert factorize(hopeless, torch.arange(16), damping=0.01, step=0.01) is None

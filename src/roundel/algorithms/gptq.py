@@ -38,8 +38,8 @@ def gptq(
     arrangement: Arrangement,
     grid: Grid,
     *,
-    trials: int = 4,
-    block_size: int = 128,
+    trials: int,
+    block_size: int,
 ) -> QuantizedTensor:
     """Round a matrix [out, in] with feedback.
 
@@ -120,10 +120,6 @@ class Gptq(Algorithm):
     @property
     def reads_activations(self) -> bool:
         return True
-
-    @property
-    def reads_float_stream(self) -> bool:
-        return False
 
     @property
     def permutes(self) -> bool:

@@ -56,13 +56,6 @@ class OptRtn(Algorithm):
     def reads_activations(self) -> bool:
         return self.imatrix
 
-    @property
-    def reads_float_stream(self) -> bool:
-        return False
-
-    def passes(self, samples: int, batch: int) -> float:
-        return 1.0 if self.imatrix else 0.0
-
     def refuse(self, layer: Layer) -> str | None:
         grid = layer.scheme.weight
         if grid.element.is_integer:

@@ -23,13 +23,6 @@ class Rtn(Algorithm):
     def reads_activations(self) -> bool:
         return False
 
-    @property
-    def reads_float_stream(self) -> bool:
-        return False
-
-    def passes(self, samples: int, batch: int) -> float:
-        return 0.0
-
     def refuse(self, layer: Layer) -> str | None:
         grid = layer.scheme.weight
         if grid.block[0] != 1 or not (grid.element.is_integer or grid.scale == "E8M0"):

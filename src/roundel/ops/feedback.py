@@ -61,8 +61,8 @@ def round_columns(
     grid: Grid,
     *,
     fixed: Scales | None = None,
-    trials: int = 4,
-    block_size: int = 128,
+    trials: int,
+    block_size: int,
 ) -> tuple[Tensor, Scales]:
     """Codes [in, rows] as bytes, and the scales of all groups [groups, rows].
 

@@ -83,7 +83,7 @@ class Factors:
     damping: float
 
 
-def factorize(hessian: Tensor, order: Tensor, damping: float = 0.01, step: float = 0.01) -> Factors | None:
+def factorize(hessian: Tensor, order: Tensor, damping: float, step: float) -> Factors | None:
     """The factors of a Hessian whose columns are taken in `order`; None where no damping makes it positive definite.
 
     hessian   [in, in] float32, symmetric; its memory becomes that of the factors
