@@ -25,7 +25,7 @@ from roundel.matrices import Demoted, as_bytes, errors_of, finite, sound
 from roundel.output import FRONTIER
 from roundel.planning import Plan, Work, part_of
 from roundel.report import LOG, Progress, Row, row_of
-from roundel.unit import Unit
+from roundel.unit import Decodable, Unit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -188,12 +188,11 @@ class Units:
         seconds = time.perf_counter() - started
         if not is_last:
             behind["quantized"] = self._frontier(following or "", "quantized")
-            decoded = dict(unit.weights)
-            del unit, weights
-            for layer in work.layers:
-                decoded[layer.tensor] = rounded.pop(layer.name).tensor.decode().to(self.device)
-            self._advance(block, decoded, streams["quantized"], behind["quantized"])
-            del decoded
+            found: dict[str, Tensor | Decodable] = dict(unit.weights)
+            found |= {layer.tensor: rounded[layer.name].tensor for layer in work.layers}
+            del unit, weights, rounded
+            self._advance(block, found, streams["quantized"], behind["quantized"])
+            del found
             behind.setdefault("float", behind["quantized"])
             for frontier in set(behind.values()):
                 frontier.save()
@@ -220,10 +219,11 @@ class Units:
         return several[0] if len(several) == 1 else Blocks(work.name, several)
 
     def _weights(self, work: Work, block: Block | Blocks) -> dict[str, Tensor]:
-        """All tensors of a unit as float32, by name. Raises NumericsError for weights that are not finite."""
+        """All tensors of a unit by name: matrices as they are stored, what stays as float32. Raises NumericsError for
+        weights that are not finite."""
         weights: dict[str, Tensor] = {}
         for layer in (*work.layers, *work.decodes):
-            weights[layer.tensor] = self._float(finite(layer, self.checkpoint.weights(layer)))
+            weights[layer.tensor] = finite(layer, self.checkpoint.weights(layer)).to(self.device)
         for copy in work.copies:
             weights[copy.spec.name] = self._float(self.checkpoint.read_piece(copy.piece))
         for name in block.tensors:
@@ -300,7 +300,7 @@ class Units:
         return len(data)
 
     def _advance(
-        self, block: Block | Blocks, weights: Mapping[str, Tensor], before: Frontier, behind: Frontier
+        self, block: Block | Blocks, weights: Mapping[str, Tensor | Decodable], before: Frontier, behind: Frontier
     ) -> None:
         import torch
 

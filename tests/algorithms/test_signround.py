@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from algorithms.blocks import BLOCK, ToyActivations, make_unit, rebound
+from algorithms.blocks import BLOCK, ToyActivations, make_unit, plain_weights, rebound
 from roundel.algorithms.algorithm import Rounded
 from roundel.algorithms.signround import SignRound
 from roundel.errors import RecipeError
@@ -275,7 +275,7 @@ def make_head(scheme: str) -> Unit:
 
     class Head(ToyActivations):
         def forward(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-            whole = {**self.own, **weights}
+            whole = {**self.own, **plain_weights(weights)}
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * whole["model.norm.weight"]
             return x @ whole["lm_head.weight"].T
 

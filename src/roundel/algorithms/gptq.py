@@ -146,7 +146,7 @@ class Gptq(Algorithm):
         budget = sum(4 * layer.parameters for layer in unit.layers)  # as much as the unit's weights
         rounded: dict[str, Rounded] = {}
 
-        def observe(names: Sequence[str], weights: Mapping[str, Tensor], budget: int) -> Collector:
+        def observe(names: Sequence[str], weights: Mapping[str, QuantizedTensor], budget: int) -> Collector:
             """Run the inputs through the unit and round what there is room for."""
             collector = Collector(budget)
             entering.observe(collector.see, weights, modules=names, stream="quantized")
@@ -157,13 +157,13 @@ class Gptq(Algorithm):
             return collector
 
         # The first pass also shows in which order layers are called, and which are handed the same tensor.
-        weights: dict[str, Tensor] = {}
+        weights: dict[str, QuantizedTensor] = {}
         first = observe(list(layers), weights, 0 if self.true_sequential else budget)
         done: set[str] = set()
         for stage in stages(first.inputs) if self.true_sequential else [list(first.inputs)]:
             if self.true_sequential:
                 new = [name for name in rounded if name not in done]
-                weights |= {layers[name].tensor: rounded[name].tensor.decode() for name in new}
+                weights |= {layers[name].tensor: rounded[name].tensor for name in new}
                 done.update(new)
             left = [name for name in stage if name in first.left]
             while left:

@@ -64,7 +64,7 @@ SMALLEST_FACTOR, LARGEST_FACTOR = 2.0**-24, 2.0  # the smallest is divided by; 0
 class Learned:
     """A matrix whose rounding is being learned; shift and factors are changed in place.
 
-    weight   [out, in] float32
+    weight   [out, in] float32, or the 16 bits it is stored in
     grid     integers, e2m1 or e4m3, in blocks of (1, n) or (1, 0)
     shift    [out, in], in steps of the scale; 0 at the start
     low      [out, blocks] factor of the lower end of the range; None on symmetric grids, whose range has one end
@@ -125,7 +125,7 @@ class Memory:
 def begin(weight: Tensor, start: QuantizedTensor) -> Learned:
     """The matrix [out, in] with shifts of 0, on the scales of `start`: it rounds to nearest on them.
 
-    weight   float32, contiguous
+    weight   float32, bfloat16 or float16
     """
     grid, scale = start.grid, plain(start.scale)
     ones = torch.ones_like(scale)
@@ -133,7 +133,7 @@ def begin(weight: Tensor, start: QuantizedTensor) -> Learned:
     lower: Tensor | None = None
     if grid.scale == "E8M0":
         # The weights' largest magnitude, moved to where it would give the exponent that the start has.
-        blocks = grouped(weight, grid.block_of(start.shape)[1])
+        blocks = grouped(weight.float(), grid.block_of(start.shape)[1])
         upper = blocks.abs().amax(-1) * (scale / decode_e8m0(fit_power_of_two(blocks, grid)))
     elif start.zero is None:
         upper = scale
@@ -141,7 +141,13 @@ def begin(weight: Tensor, start: QuantizedTensor) -> Learned:
         zero = start.zero.float()
         low, lower, upper = ones.clone(), -zero * scale, (grid.element.hi - zero) * scale
     return Learned(
-        weight=weight, grid=grid, shift=torch.zeros_like(weight), low=low, high=ones, lower=lower, upper=upper
+        weight=weight,
+        grid=grid,
+        shift=torch.zeros_like(weight, dtype=torch.float32),
+        low=low,
+        high=ones,
+        lower=lower,
+        upper=upper,
     )
 
 
@@ -167,7 +173,7 @@ def round_matrix(learned: Learned, found: Range, out: Tensor | None = None) -> T
     if use_kernels() and learned.weight.device.type == "cpu":
         from roundel.ops.numba.learned_rounding import round_kernel
 
-        return round_kernel(learned, found, torch.empty_like(learned.weight) if out is None else out)
+        return round_kernel(learned, found, torch.empty_like(learned.shift) if out is None else out)
     rounded = round_matrix_reference(learned, found)
     return rounded if out is None else out.copy_(rounded)
 
@@ -295,7 +301,9 @@ def _by_factors(learned: Learned, found: Range, by_scale: Tensor, clamped: Tenso
 
 def _steps(learned: Learned, found: Range) -> Tensor:
     """weight / scale + shift in blocks [out, blocks, columns]."""
-    return grouped(learned.weight, learned.columns) / found.scale[..., None] + grouped(learned.shift, learned.columns)
+    return grouped(learned.weight.float(), learned.columns) / found.scale[..., None] + grouped(
+        learned.shift, learned.columns
+    )
 
 
 def _nearest(steps: Tensor, grid: Grid, found: Range) -> Tensor:
