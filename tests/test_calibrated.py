@@ -235,6 +235,15 @@ def test_weights_that_are_not_finite_are_found_before_any_block_is_done(data: Pa
         roundel.quantize(model, tmp_path / "out", **options("gptq", data))
 
 
+def test_a_fallback_is_a_row_and_strictly_an_error(data: Path, tmp_path: Path) -> None:
+    model = build("llama", tmp_path / "model")
+    wish = options("gptq", data, min_tokens=SAMPLES * TOKENS + 1)
+    report = roundel.quantize(model, tmp_path / "out", **wish)
+    assert all("tokens reached it, fewer than 193: rtn" in (row.note or "") for row in report.rounded)
+    with pytest.raises(NumericsError, match=r"layers\.0\..*fewer than 193.*--strict.*--nsamples"):
+        roundel.quantize(model, tmp_path / "strict", strict=True, **wish)
+
+
 @pytest.mark.parametrize(
     ("wish", "message"),
     [

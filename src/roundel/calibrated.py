@@ -7,8 +7,6 @@ next. Bytes, then activations, then the journal's line: a killed run continues a
 from __future__ import annotations
 
 import json
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +20,7 @@ from roundel.io.journal import Journal
 from roundel.io.safetensors import Shard
 from roundel.io.source import LocalFiles
 from roundel.matrices import Demoted, as_bytes, errors_of, finite, sound
+from roundel.memory import peak_memory
 from roundel.output import FRONTIER
 from roundel.planning import Plan, Work, part_of
 from roundel.report import LOG, Progress, Row, row_of
@@ -276,7 +275,7 @@ class Units:
         """Pack every layer and put it to its place; what stays goes with its new numbers where a transform moved it."""
         rows: list[Row] = []
         for layer in work.layers:
-            result = sound(layer, unit.weight(layer), rounded[layer.name])
+            result = sound(layer, unit.weight(layer), rounded[layer.name], strict=self.recipe.strict)
             nbytes = [0] * len(self.shards)
             for number, output in enumerate(self.plan.outputs):
                 for part, tensor in output.format.pack(layer, result.tensor).items():
@@ -320,12 +319,11 @@ class Units:
     def _log(self, row: Row, seconds: float) -> None:
         """One line for each layer, with what differs between two runs: the time, and the most bytes of memory that the
         process has held so far."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         with (self.out / LOG).open("a", encoding="utf-8") as file:
             for layer in row.rows:
                 told = {k: v for k, v in layer.to_dict().items() if v is not None and k != "kind"}
                 told |= {"algorithm": self.recipe.algorithm, "unit": row.name, "unit_seconds": round(seconds, 2)}
-                told["peak_memory_bytes"] = peak
+                told["peak_memory_bytes"] = peak_memory()
                 file.write(json.dumps(told) + "\n")
 
     def _frontier(self, name: str, stream: str) -> Frontier:

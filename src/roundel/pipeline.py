@@ -25,6 +25,7 @@ from roundel.interruption import Interruption
 from roundel.io.journal import Journal
 from roundel.io.safetensors import Shard
 from roundel.matrices import Demoted, as_bytes, errors_of, finite, sound
+from roundel.memory import free_memory
 from roundel.output import clear, finish, is_intact, open_shards
 from roundel.planning import Copy, Plan, Work
 from roundel.report import Progress, Report, Row, row_of
@@ -43,7 +44,7 @@ FLUSH_SECONDS = 1.0
 def default_workers(plan: Plan, device: str = "cpu") -> int:
     """As many as there are cores, while their memory fits in half of what is free."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    free = _free_memory() // 2
+    free = free_memory() // 2
     workers = max(1, cores if device == "cpu" else 2)
     while workers > 1 and plan.peak_memory(workers, device) > free:
         workers -= 1
@@ -108,7 +109,7 @@ def _run(
         if loop.bad:
             raise Demoted({w.name: loop.bad[w.name] for w in plan.works if w.name in loop.bad})
         if calibration is not None:
-            units = Units(plan, checkpoint, out, shards, journal, calibration, device, _free_memory(), progress)
+            units = Units(plan, checkpoint, out, shards, journal, calibration, device, free_memory(), progress)
             units.run(interruption)
     except BaseException:
         for shard in opened.values():
@@ -283,7 +284,7 @@ class _Loop:
                 return finite(layer, quantized.decode()), Rounded(tensor=quantized)
         weight = finite(layer, _to_device(self.checkpoint.weights(layer), self.device))
         unit = Unit(name=layer.name, layers=(layer,), weights={layer.tensor: weight})
-        return weight, sound(layer, weight, self.algorithm.quantize(unit)[layer.name])
+        return weight, sound(layer, weight, self.algorithm.quantize(unit)[layer.name], strict=self.plan.recipe.strict)
 
     def _copy(self, copy: Copy, nbytes: list[int]) -> None:
         name = copy.spec.name
@@ -317,13 +318,3 @@ def _stream(device: str):  # type: ignore[no-untyped-def]
     import torch
 
     return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
-
-
-def _free_memory() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    return 8 << 30

@@ -242,6 +242,14 @@ def test_inputs_of_no_use_end_in_plain_rounding(value: float) -> None:
     assert result.tensor.decode().abs().max() > 0
 
 
+def test_damping_that_was_not_enough_is_told() -> None:
+    unit = unit_of({"lm_head": [torch.ones(100, 64)]})  # one direction of 64
+    result = Gptq(damping=0.0, shrinkage=False).quantize(unit)["lm_head"]
+    assert result.fallback is None and result.note is not None
+    assert result.note.startswith("damping raised from 0 to 0.01")
+    assert Gptq(damping=0.02).quantize(unit)["lm_head"].note is None
+
+
 def test_an_output_head_is_one_more_layer() -> None:
     unit = unit_of({"lm_head": [inputs()]})
     unit = replace(unit, layers=(replace(unit.layers[0], role="head"),))

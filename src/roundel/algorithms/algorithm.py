@@ -19,6 +19,7 @@ class Rounded:
     baseline   the same objective with plain rounding
     tokens     tokens that entered the layer; None where no data was looked at
     fallback   why plain rounding, or another way than the algorithm's, was taken; None where it was not
+    note       another fact worth a line of the report
     """
 
     tensor: QuantizedTensor
@@ -26,6 +27,7 @@ class Rounded:
     baseline: float | None = None
     tokens: int | None = None
     fallback: str | None = None
+    note: str | None = None
 
 
 class Algorithm(Protocol):

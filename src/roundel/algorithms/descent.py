@@ -9,6 +9,7 @@ their gradient.
 from __future__ import annotations
 
 import math
+import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -105,8 +106,10 @@ def _descent(unit: Unit, how: SignRound, matrices: Sequence[_Matrix]) -> Iterato
     for step in range(how.iters):
         for matrix in matrices:
             matrix.prepare(_decay(how.schedule, step / how.iters))
+        started = time.perf_counter()
         loss = _backward(unit, how, matrices, next(drawn), 1 if how.low_memory else batch)
-        entering.tick((step + 1) / how.iters, f"loss {loss:.4g}")
+        speed = size * entering.tokens / (time.perf_counter() - started)
+        entering.tick((step + 1) / how.iters, f"loss {loss:.4g}, {speed:,.0f} tokens/s")
         yield step + 1
 
 

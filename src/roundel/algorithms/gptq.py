@@ -204,17 +204,32 @@ class Gptq(Algorithm):
                 found[layer.name] = (
                     _plainly(unit, layer, hessian.tokens, "no damping makes its Hessian positive definite")
                     if factors is None
-                    else self._one(unit, layer, factors, arrangement, hessian.tokens)
+                    else self._one(unit, layer, factors, arrangement, hessian.tokens, _raised(factors, damping))
                 )
         return found
 
-    def _one(self, unit: Unit, layer: Layer, factors: Factors, arrangement: Arrangement, tokens: int) -> Rounded:
+    def _one(
+        self,
+        unit: Unit,
+        layer: Layer,
+        factors: Factors,
+        arrangement: Arrangement,
+        tokens: int,
+        note: str | None,
+    ) -> Rounded:
         weight, grid = unit.weight(layer), layer.scheme.weight
         tensor = gptq(weight, factors, arrangement, grid, trials=self.trials, block_size=self.block_size)
         error, baseline = _errors(weight, tensor, factors)
         if error > baseline:
             return replace(_plainly(unit, layer, tokens, "plain rounding errs less"), error=baseline, baseline=baseline)
-        return Rounded(tensor=tensor, error=error, baseline=baseline, tokens=tokens)
+        return Rounded(tensor=tensor, error=error, baseline=baseline, tokens=tokens, note=note)
+
+
+def _raised(factors: Factors, damping: float) -> str | None:
+    """What to say where the damping asked for was not enough."""
+    if factors.damping <= damping:
+        return None
+    return f"damping raised from {damping:.3g} to {factors.damping:.3g}, for its Hessian was not positive definite"
 
 
 def _plainly(unit: Unit, layer: Layer, tokens: int, why: str) -> Rounded:
