@@ -55,15 +55,17 @@ def sound(layer: Layer, weight: Tensor, rounded: Rounded, *, strict: bool) -> Ro
         raise not_finite(layer, row, column, float(weight[row, column]))
     if strict and rounded.fallback is not None:
         raise NumericsError(
-            f"{layer.name}: {rounded.fallback}. --strict makes an error of that. Calibrate with more text (--nsamples), "
-            "leave the layer as it is (--ignore-layers), or take the fallback without --strict."
+            f"{layer.name}: {rounded.fallback}. --strict makes an error of that. Calibrate with more text "
+            "(--nsamples), leave the layer as it is (--ignore-layers), or take the fallback without --strict."
         )
     return rounded
 
 
 def errors_of(weight: Tensor, quantized: QuantizedTensor) -> Errors:
     """What a matrix lost, in float64 sums."""
-    decoded, signal, noise = quantized.decode(), 0.0, 0.0
+    from roundel.ops.decode import decode
+
+    decoded, signal, noise = decode(quantized), 0.0, 0.0
     rows = max(1, COMPARED // weight.shape[1])
     for start in range(0, weight.shape[0], rows):  # a slab at a time
         exact = weight[start : start + rows].double()

@@ -96,7 +96,9 @@ class Format(Protocol):
 
     def decode(self, weight: QuantizedTensor) -> Tensor:
         """The float weights that readers of this format compute, [out, in]."""
-        return weight.decode()
+        from roundel.ops.decode import decode
+
+        return decode(weight)
 
     def config(self, contents: Contents) -> dict[str, object]:
         """The `quantization_config` a loader must find in config.json."""

@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from roundel.ops.decode import decode
 from roundel.ops.encode import encode_reference, encode_scaled
 from roundel.ops.fit import SMALLEST_SCALE, grouped
 from roundel.scheme import Grid
@@ -139,7 +140,7 @@ def squared_error(weight: Tensor, quantized: QuantizedTensor, importance: Tensor
 def _block_errors(weight: Tensor, quantized: QuantizedTensor, importance: Tensor | None) -> Iterator[Tensor]:
     """Errors of blocks [rows, groups] in float64, a slab of rows at a time."""
     columns = quantized.grid.block_of(quantized.shape)[1]
-    decoded, counted = quantized.decode(), _importance(weight, importance, columns).double()
+    decoded, counted = decode(quantized), _importance(weight, importance, columns).double()
     rows = max(1, CHUNK // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], rows):
         error = weight[start : start + rows].double() - decoded[start : start + rows].double()

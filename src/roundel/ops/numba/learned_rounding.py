@@ -11,17 +11,13 @@ bits, because torch multiplies and adds at once where it can.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import pairwise
-
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from roundel.ops.learned_rounding import FIRST, LEAST_SQUARE, SECOND, Learned, Moments, Range, adam_correction
+from roundel.ops.numba.rows import share_rows
 from roundel.ops.numba.stored import value_of
 from roundel.ops.numba.tensors import stored_bits
 from roundel.scheme import Grid
@@ -32,7 +28,6 @@ HALF, ZERO = np.float32(0.5), np.float32(0.0)
 KEPT, ADDED = np.float32(FIRST), np.float32(1 - FIRST)
 KEPT_SQUARES, ADDED_SQUARES = np.float32(SECOND), np.float32(1 - SECOND)
 LEAST = np.float32(LEAST_SQUARE)
-WEIGHTS_A_THREAD = 1 << 18  # fewer are not worth a thread
 
 _jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 _inline = numba.njit(nogil=True, error_model="numpy", inline="always")
@@ -55,7 +50,7 @@ def round_kernel(learned: Learned, found: Range, out: Tensor) -> Tensor:
         else:
             _round_floats(weight[part], shift[part], scale[part], group, high, mantissa, smallest, filled[part])
 
-    _share(rows, weight.shape[0], weight.shape[1])
+    share_rows(rows, weight.shape[0], weight.shape[1])
     return out
 
 
@@ -78,7 +73,7 @@ def descend_kernel(
         part = (each[begin:end] for each in arrays)
         _descend(*part, learned.columns, *element, moments is not None, np.float32(size))
 
-    _share(rows, gradient.shape[0], gradient.shape[1])
+    share_rows(rows, gradient.shape[0], gradient.shape[1])
     return by_scale, clamped
 
 
@@ -219,21 +214,3 @@ def _element(grid: Grid) -> tuple[np.float32, np.float32, np.uint32, np.uint32]:
 def _arrays(*tensors: Tensor) -> list[np.ndarray]:
     assert all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors)
     return [tensor.detach().numpy() for tensor in tensors]
-
-
-def _share(work: Callable[[int, int], None], rows: int, width: int) -> None:
-    """Run work(begin, end) over all rows, in threads if there is enough of it."""
-    threads = max(1, min(torch.get_num_threads(), rows * width // WEIGHTS_A_THREAD))
-    if threads == 1:
-        return work(0, rows)
-    ends = [rows * i // threads for i in range(threads + 1)]
-    first, *rest = pairwise(ends)
-    waiting = [_pool(threads).submit(work, *part) for part in rest]
-    work(*first)
-    for each in waiting:
-        each.result()
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads - 1, thread_name_prefix="rounding")
