@@ -188,7 +188,8 @@ BASE_WITH_TORCH = 330 << 20  # the same with torch: measured
 FLOAT_BYTES = 17  # for each weight of a matrix on its way through torch: stored, decoded thrice over, codes
 PART_TOKENS = 2048  # run at once on CPU where only outputs count: more is not faster, and takes memory
 EXPERTS_A_TOKEN = 4
-KEPT_FORWARD = 0.6  # of what a unit's layers are given and hand on, at once
+KEPT_FORWARD = 0.6  # of what a unit's layers are given and hand on, at once: measured
+KEPT_LEARNED = 2.0  # of the same, where it is kept for the way back: measured
 COMPARED_BYTES = 24 << 20  # of float64, while a matrix is compared with what it became
 
 
@@ -202,13 +203,14 @@ def _unit_bytes(work: Work, recipe: Recipe, device: str) -> tuple[int, int]:
     the largest of it. Of experts about EXPERTS_A_TOKEN count."""
     layers = (*work.layers, *work.decodes)
     largest = max((layer.parameters for layer in layers), default=0)
-    weights = 4 * (recipe.chain.copies * sum(layer.parameters for layer in layers) + 2 * largest)
+    stored = sum(layer.parameters * ITEMSIZE[layer.dtype] for layer in layers)
+    weights = stored + 4 * (recipe.chain.copies * sum(layer.parameters for layer in layers) + 2 * largest)
     experts = [sum(layer.shape) for layer in layers if layer.role == "expert"]
     width = sum(sum(layer.shape) for layer in layers if layer.role != "expert")
     width += 3 * EXPERTS_A_TOKEN * max(experts, default=0)
-    learned = recipe.chain.learns_on(recipe.batch_size)
-    forward = KEPT_FORWARD * width * part_of(recipe, recipe.seqlen, device)
-    return int(weights), int(4 * recipe.seqlen * max(width * learned, forward))
+    part = part_of(recipe, recipe.seqlen, device)
+    learned = recipe.chain.learns_on(recipe.batch_size, part)
+    return int(weights), int(4 * recipe.seqlen * width * max(KEPT_LEARNED * learned, KEPT_FORWARD * part))
 
 
 def _working_bytes(work: Work, formats: Sequence[Format], fused: bool, plain: bool) -> int:

@@ -101,13 +101,14 @@ def _descent(unit: Unit, how: SignRound, matrices: Sequence[_Matrix]) -> Iterato
     entering = unit.entering()
     batch = min(how.batch_size or entering.batch, entering.samples)
     size = min(batch * how.gradient_accumulation, entering.samples)
+    part = 1 if how.low_memory else min(batch, entering.part)
     drawn = _draw(entering.samples, size, how.seed)
     yield 0
     for step in range(how.iters):
         for matrix in matrices:
             matrix.prepare(_decay(how.schedule, step / how.iters))
         started = time.perf_counter()
-        loss = _backward(unit, how, matrices, next(drawn), 1 if how.low_memory else batch)
+        loss = _backward(unit, how, matrices, next(drawn), part)
         speed = size * entering.tokens / (time.perf_counter() - started)
         entering.tick((step + 1) / how.iters, f"loss {loss:.4g}, {speed:,.0f} tokens/s")
         yield step + 1

@@ -131,7 +131,7 @@ class Gptq(Algorithm):
 
     @property
     def copies(self) -> float:
-        return 3.0
+        return 1.25
 
     def refuse(self, layer: Layer) -> str | None:
         grid = layer.scheme.weight
@@ -217,7 +217,7 @@ class Gptq(Algorithm):
         tokens: int,
         note: str | None,
     ) -> Rounded:
-        weight, grid = unit.weight(layer), layer.scheme.weight
+        weight, grid = unit.weights[layer.tensor], layer.scheme.weight  # widened a slab at a time
         tensor = gptq(weight, factors, arrangement, grid, trials=self.trials, block_size=self.block_size)
         error, baseline = _errors(weight, tensor, factors)
         if error > baseline:

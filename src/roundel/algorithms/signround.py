@@ -41,7 +41,8 @@ class SignRound(Algorithm):
     batch_size  samples of a step; none: as many as are run together
     gradient_accumulation   batches whose gradients are summed up for a step
     blocks      decoder blocks learned together, for the error behind the last of them; memory grows with it
-    low_memory  run samples one at a time, their gradients summed up: the same steps but for float rounding
+    low_memory  run samples one at a time, their gradients summed up: the same steps but for float rounding. Without it
+                as many are run together as it takes to be fast
     seed        of the order in which samples are drawn
     """
 
@@ -98,10 +99,10 @@ class SignRound(Algorithm):
 
     @property
     def copies(self) -> float:
-        return (3.5 if self.optimizer == "sign" else 5.5) + (self.low_memory or self.gradient_accumulation > 1)
+        return 2.5 if self.optimizer == "sign" else 4.5
 
-    def learns_on(self, batch: int) -> int:
-        return 1 if self.low_memory else self.batch_size or batch
+    def learns_on(self, batch: int, part: int) -> int:
+        return 1 if self.low_memory else min(self.batch_size or batch, part)
 
     def refuse(self, layer: Layer) -> str | None:
         grid = layer.scheme.weight

@@ -21,7 +21,7 @@ Two ways to step along a gradient: by its sign, as the paper has it, or divided 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ LARGEST_SCALE = 65504.0  # of float16
 # Adam's betas. A first moment of long memory slows what it should steady: see docs/algorithms.md.
 FIRST, SECOND = 0.5, 0.99
 LEAST_SQUARE = 1e-36  # below, float32 has no digits left
+SLAB = 1 << 21  # weights whose codes are computed at a time
 SMALLEST_FACTOR, LARGEST_FACTOR = 2.0**-24, 2.0  # the smallest is divided by; 0 is allowed
 
 
@@ -270,20 +271,40 @@ def clamp_factors(learned: Learned) -> None:
 
 
 def finish(learned: Learned) -> QuantizedTensor:
-    """The codes, scales and zero points that the present shifts and factors come to."""
+    """The codes, scales and zero points that the present shifts and factors come to; a slab of rows at a time."""
     grid, found = learned.grid, fit_range(learned)
-    steps = _steps(learned, found)
+    out, width = learned.weight.shape
+    rows = max(1, SLAB // width)
+    parts = (slice(start, start + rows) for start in range(0, out, rows))
+    codes = torch.cat([_codes(_rows(learned, part), _range_rows(found, part)) for part in parts])
     if grid.scale == "E8M0":
-        codes = round_e2m1(steps) if grid.element.name == "e2m1" else round_e4m3(steps)
         exponents = (torch.frexp(found.scale).exponent - 1 + 127).to(torch.uint8)
-        return QuantizedTensor(grid=grid, codes=_flat(codes, learned), scale=exponents.view(torch.float8_e8m0fnu))
-    codes = _nearest(steps, grid, found) + found.zero[..., None]
+        return QuantizedTensor(grid=grid, codes=codes, scale=exponents.view(torch.float8_e8m0fnu))
     return QuantizedTensor(
         grid=grid,
-        codes=_flat(codes.to(torch.int8 if grid.symmetric else torch.uint8), learned),
+        codes=codes,
         scale=found.scale.half(),
         zero=None if grid.symmetric else found.zero.to(torch.uint8),
     )
+
+
+def _codes(learned: Learned, found: Range) -> Tensor:
+    grid, steps = learned.grid, _steps(learned, found)
+    if grid.scale == "E8M0":
+        return _flat(round_e2m1(steps) if grid.element.name == "e2m1" else round_e4m3(steps), learned)
+    codes = _nearest(steps, grid, found) + found.zero[..., None]
+    return _flat(codes.to(torch.int8 if grid.symmetric else torch.uint8), learned)
+
+
+def _rows(learned: Learned, part: slice) -> Learned:
+    """Some rows; what is learned of them is shared."""
+    low, lower = (None if each is None else each[part] for each in (learned.low, learned.lower))
+    weight, shift, high, upper = (each[part] for each in (learned.weight, learned.shift, learned.high, learned.upper))
+    return replace(learned, weight=weight, shift=shift, low=low, high=high, lower=lower, upper=upper)
+
+
+def _range_rows(found: Range, part: slice) -> Range:
+    return Range(scale=found.scale[part], zero=found.zero[part])
 
 
 def _by_factors(learned: Learned, found: Range, by_scale: Tensor, clamped: Tensor) -> tuple[Tensor | None, Tensor]:
