@@ -249,7 +249,7 @@ class Units:
             streams=seen,
             samples=self.shape[0],
             tokens=self.shape[1],
-            batch=self.recipe.batch_size,
+            batch=self.recipe.together,
             part=self.part,
             device=self.device,
             every_expert=self.recipe.calibrate_all_experts,

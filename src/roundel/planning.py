@@ -195,7 +195,7 @@ COMPARED_BYTES = 24 << 20  # of float64, while a matrix is compared with what it
 
 def part_of(recipe: Recipe, tokens: int, device: str) -> int:
     """Samples of so many tokens that are run at once where only outputs count."""
-    return min(recipe.batch_size, max(1, PART_TOKENS // tokens)) if device == "cpu" else recipe.batch_size
+    return min(recipe.together, max(1, PART_TOKENS // tokens)) if device == "cpu" else recipe.together
 
 
 def _unit_bytes(work: Work, recipe: Recipe, device: str) -> tuple[int, int]:
@@ -209,7 +209,7 @@ def _unit_bytes(work: Work, recipe: Recipe, device: str) -> tuple[int, int]:
     width = sum(sum(layer.shape) for layer in layers if layer.role != "expert")
     width += 3 * EXPERTS_A_TOKEN * max(experts, default=0)
     part = part_of(recipe, recipe.seqlen, device)
-    learned = recipe.chain.learns_on(recipe.batch_size, part)
+    learned = recipe.chain.learns_on(recipe.together, part)
     return int(weights), int(4 * recipe.seqlen * width * max(KEPT_LEARNED * learned, KEPT_FORWARD * part))
 
 

@@ -86,7 +86,7 @@ def slow_signround(unit: Unit, how: SignRound, steps: int) -> dict[str, Tensor]:
         return codes, codes * scale
 
     generator, left = torch.Generator().manual_seed(how.seed), []
-    size = (how.batch_size or entering.batch) * how.gradient_accumulation
+    size = how.batch_size * how.gradient_accumulation
     for step in range(steps):
         if len(left) < size:
             left = torch.randperm(entering.samples, generator=generator).tolist()

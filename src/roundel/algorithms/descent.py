@@ -99,7 +99,7 @@ def _states(unit: Unit, how: SignRound, matrices: Sequence[_Matrix]) -> Iterator
 def _descent(unit: Unit, how: SignRound, matrices: Sequence[_Matrix]) -> Iterator[int]:
     """Take the steps one by one, changing what is learned; yields how many are done, from 0 on."""
     entering = unit.entering()
-    batch = min(how.batch_size or entering.batch, entering.samples)
+    batch = min(how.batch_size, entering.samples)
     size = min(batch * how.gradient_accumulation, entering.samples)
     part = 1 if how.low_memory else min(batch, entering.part)
     drawn = _draw(entering.samples, size, how.seed)

@@ -98,7 +98,7 @@ def _print_units(plan: Plan, device: str) -> None:
     console.print(units)
     console.print(
         f"calibrated on {escape(recipe.dataset)}: {recipe.nsamples} samples of {recipe.seqlen} tokens, "
-        f"{recipe.batch_size} at a time, seed {recipe.seed}"
+        f"{recipe.together} at a time, seed {recipe.seed}"
     )
     weights, activations = plan.unit_memory(device)
     console.print(
