@@ -74,7 +74,7 @@ def fuses(layer: Layer, formats: Sequence[Format], algorithm: Algorithm, device:
         return False
     layout = formats[0].words(layer)
     if layout is None:
-        return layer.scheme.weight.scale == "E8M0" and layer.scheme.weight.exponent == "floor"
+        return layer.scheme.weight.is_mx and layer.scheme.weight.exponent == "floor"
     return layout.order == "awq" or layer.shape[1] % 32 == 0
 
 

@@ -1,8 +1,9 @@
 """What one number of a quantized weight means: Element, Grid, Scheme, and the table of presets.
 
 A `Scheme` is a value: two layers quantized alike have equal schemes. Nothing here touches a tensor, so a plan can be
-made without torch. Preset names are auto-round's (its `schemes.py`); names are read in any case. Other people's
-spellings ("w4a16_asym", "mx_fp4", `{"bits": 4, "group_size": 64}`) are understood here and nowhere else.
+made without torch. Preset names are auto-round's (its `schemes.py`), and compressed-tensors' where that has none; names
+are read in any case. Other people's spellings ("w4a16_asym", "mx_fp4", `{"bits": 4, "group_size": 64}`) are understood
+here and nowhere else.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ NF4_VALUES = (
     0.7229568362236023,
     1.0,
 )
+E0M3_VALUES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, -0.0, -0.25, -0.5, -0.75, -1.0, -1.25, -1.5, -1.75)
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
@@ -43,7 +45,7 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -
 class Element:
     """What one code means.
 
-    name     "int4" (signed), "uint4" (with a zero point), "e2m1", "e4m3", "e8m0", "nf4"
+    name     "int4" (signed), "uint4" (with a zero point), "e2m1", "e4m3", "e8m0", "nf4", "e0m3" (quarters with a sign)
     bits     stored bits per code
     lo, hi   smallest and largest code of an integer; smallest and largest value of a float
     values   the value of code 0, 1, 2 ... where codes are indices into a table; else None and a code is its own value
@@ -64,6 +66,7 @@ def _elements() -> dict[str, Element]:
     signed = [Element(name=f"int{b}", bits=b, lo=-(2 ** (b - 1)), hi=2 ** (b - 1) - 1) for b in range(1, 9)]
     unsigned = [Element(name=f"uint{b}", bits=b, lo=0, hi=2**b - 1) for b in range(1, 9)]
     floats = [
+        Element(name="e0m3", bits=4, lo=-1.75, hi=1.75, values=E0M3_VALUES),
         Element(name="e2m1", bits=4, lo=-6.0, hi=6.0, values=E2M1_VALUES),
         Element(name="nf4", bits=4, lo=-1.0, hi=1.0, values=NF4_VALUES),
         Element(name="e4m3", bits=8, lo=-448.0, hi=448.0),
@@ -95,6 +98,11 @@ class Grid:
     scale: str | Grid = "F16"
     exponent: Literal["floor", "rceil"] = "floor"
     lowest_zero: int = 0
+
+    @property
+    def is_mx(self) -> bool:
+        """Whether it is one of the MX floats, e2m1 or e4m3 under powers of two."""
+        return self.scale == "E8M0" and self.element.name in ("e2m1", "e4m3")
 
     def equals(self, other: Grid) -> bool:
         """Whether codes on the one are codes on the other, a limit on zero points left aside."""
@@ -137,7 +145,8 @@ class Scheme:
     name      the preset's name, or one made from the fields; two schemes are equal when their grids are
     weight    None for a layer that stays as it is
     input     None where inputs stay in 16 bits
-    dynamic   whether input scales are computed at run time (True) or stored (False)
+    dynamic   whether input scales are computed at run time (True) or stored (False); of scales that are quantized
+              themselves (NVFP4) the inner ones are, under a stored one for the tensor
     """
 
     name: str
@@ -160,6 +169,11 @@ class Scheme:
     @property
     def is_integer(self) -> bool:
         return self.weight.element.is_integer
+
+    @property
+    def stores_input_scale(self) -> bool:
+        """Whether a scale of the inputs is stored, which has to be measured on calibration data."""
+        return self.input is not None and (not self.dynamic or isinstance(self.input.scale, Grid))
 
     @property
     def group_size(self) -> int:
@@ -195,7 +209,7 @@ class Scheme:
         """
         if bits is None and group_size is None and sym is None:
             return self
-        if not self.is_integer:
+        if not self.is_integer or self.input is not None:
             same = bits in (None, self.bits) and group_size in (None, self.group_size) and sym in (None, True)
             if same:
                 return self
@@ -230,6 +244,27 @@ def _mx(name: str, element: str, exponent: Literal["floor", "rceil"] = "floor") 
     return Scheme(name=name, weight=weight, input=replace(weight, exponent=exponent))
 
 
+def _nv(name: str, inputs: bool) -> Scheme:
+    scale = Grid(element=ELEMENTS["e4m3"], block=(0, 0), scale="F32")
+    weight = Grid(element=ELEMENTS["e2m1"], block=(1, 16), scale=scale)
+    return Scheme(name=name, weight=weight, input=weight if inputs else None)
+
+
+def _fp8(name: str, block: tuple[int, int], inputs: tuple[int, int] | None = None, dynamic: bool = True) -> Scheme:
+    # Scales are bfloat16, as llm-compressor and auto-round store them; `fp8` stores DeepSeek's float32.
+    weight = Grid(element=ELEMENTS["e4m3"], block=block, scale="BF16")
+    return Scheme(name=name, weight=weight, input=_run_time("e4m3", inputs) if inputs else None, dynamic=dynamic)
+
+
+def _run_time(element: str, block: tuple[int, int]) -> Grid:
+    """The grid of inputs, [tokens, in], whose scales are no part of a file or one number of it."""
+    return Grid(element=ELEMENTS[element], block=block, scale="F32")
+
+
+def _integer_with_inputs(name: str, bits: int, group_size: int, inputs: str) -> Scheme:
+    return replace(integer_scheme(bits, group_size), name=name, input=_run_time(inputs, (1, 0)))
+
+
 @dataclass(frozen=True)
 class Mix:
     """Two presets by role: routed experts take one, every other layer the other."""
@@ -247,12 +282,32 @@ PRESETS: dict[str, Scheme] = {
         _mx("MXFP4_RCEIL", "e2m1", "rceil"),
         _mx("MXFP8", "e4m3"),
         _mx("MXFP8_RCEIL", "e4m3", "rceil"),
+        replace(_mx("MXFP4A16", "e2m1"), input=None),
+        replace(_mx("MXFP8A16", "e4m3"), input=None),
+        _mx("MXINT4", "e0m3"),
+        _nv("NVFP4", inputs=True),
+        _nv("NVFP4A16", inputs=False),
+        _integer_with_inputs("INT8_W8A8", 8, -1, "int8"),
+        _integer_with_inputs("W4AFP8", 4, 128, "e4m3"),
+        _fp8("FP8_DYNAMIC", (1, 0), (1, 0)),
+        _fp8("FP8_BLOCK", (128, 128), (1, 128)),
+        _fp8("FP8_STATIC", (1, 0), (0, 0), dynamic=False),
+        _fp8("FP8", (0, 0), (0, 0), dynamic=False),
+        _fp8("FPW8A16", (0, 0)),
     )
 }
 MIXES: dict[str, Mix] = {m.name: m for m in (Mix("W4A16_MIXED", experts="W4A16", others="W8A16"),)}
 
 _INTEGER_NAME = re.compile(r"W(?P<bits>\d+)A16(?:_?G(?P<group>-?\d+))?(?P<asym>_ASYM|_SYM)?")
-_FOREIGN_NAMES = {"MX_FP4": "MXFP4", "MX_FP8": "MXFP8"}
+_FOREIGN_NAMES = {
+    "MX_FP4": "MXFP4",
+    "MX_FP8": "MXFP8",
+    "MX_INT4": "MXINT4",
+    "NV_FP4": "NVFP4",
+    "INT8": "INT8_W8A8",
+    "W8A8": "INT8_W8A8",
+    "FP8_W8A16": "FPW8A16",
+}
 
 
 @cache

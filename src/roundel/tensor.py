@@ -59,13 +59,16 @@ class QuantizedTensor:
     """A weight matrix on a grid:  weight ≈ (codes - zero) * scale + offset.
 
     codes   [out, in]      values of the grid's element, one per weight, never packed: int8 for signed and uint8 for
-                           unsigned integers, uint8 table indices for e2m1 and nf4, float8_e4m3fn for e4m3
+                           unsigned integers, uint8 table indices for e0m3, e2m1 and nf4, float8_e4m3fn for e4m3
     scale   [out/r, in/c]  one per block of r x c weights (rounded up); itself a QuantizedTensor where scales are
                            quantized too (NVFP4, double quantization)
     zero    like scale     the code that means 0.0; None when the grid is symmetric
     offset  like scale     float added after scaling (MLX bias, GGUF min); never with `zero`
     group_index [in]       int32, the block of each column, where columns of a block do not lie side by side (GPTQ's
                            act-order); None where they do
+    input_scale [1]        float32, by which codes of the layer's inputs are multiplied, where that is stored
+                           (FP8_STATIC; of NVFP4 the factor for the whole tensor); None where inputs are scaled at run
+                           time
 
     Raises GridError when shapes, ranges or symmetry disagree with `grid`.
     """
@@ -76,6 +79,7 @@ class QuantizedTensor:
     zero: Tensor | None = None
     offset: Tensor | None = None
     group_index: Tensor | None = None
+    input_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check(self)

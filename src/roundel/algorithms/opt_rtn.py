@@ -50,7 +50,7 @@ class OptRtn(Algorithm):
         if grid.element.is_integer:
             known = grid.scale == "F16"
         else:
-            known = grid.scale == "E8M0" or (grid.element.name == "e2m1" and isinstance(grid.scale, Grid))
+            known = grid.is_mx or (grid.element.name == "e2m1" and isinstance(grid.scale, Grid))
         if grid.block[0] != 1 or not known:
             return f"opt-rtn rounds to integers, MX floats and NVFP4, not to {layer.scheme.name}"
         return None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from roundel.algorithms.algorithm import Algorithm, Rounded
+from roundel.scheme import Grid
 from roundel.unit import Layer, Unit
 
 __all__ = ["Rtn"]
@@ -25,9 +26,13 @@ class Rtn(Algorithm):
 
     def refuse(self, layer: Layer) -> str | None:
         grid = layer.scheme.weight
-        if grid.block[0] != 1 or not (grid.element.is_integer or grid.scale == "E8M0"):
-            return f"rtn rounds to integers and MX floats, not to {layer.scheme.name}"
-        return None
+        if grid.element.is_integer:
+            known = grid.block[0] == 1 and grid.scale == "F16"
+        elif grid.scale == "E8M0" or isinstance(grid.scale, Grid):
+            known = grid.block[0] == 1 and grid.element.name in ("e0m3", "e2m1", "e4m3")
+        else:
+            known = grid.element.name == "e4m3"
+        return None if known else f"rtn rounds to integers, MX floats, NVFP4 and FP8, not to {layer.scheme.name}"
 
     def quantize(self, unit: Unit) -> dict[str, Rounded]:
         from roundel.ops.encode import encode

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from roundel.errors import RecipeError, SourceError, nearest
 from roundel.formats.autoround import AutoRound
 from roundel.formats.awq import AutoAwq
-from roundel.formats.compressed_tensors import CompressedTensors, Fp8, ModelOpt
+from roundel.formats.compressed_tensors import CompressedTensors
 from roundel.formats.format import Contents, Format, Found, WordLayout
+from roundel.formats.fp8 import Fp8, ModelOpt
 from roundel.formats.gpt_oss import Mxfp4Blocks
 from roundel.formats.gptq import AutoGptq
 

@@ -50,6 +50,8 @@ class AutoRound(Format):
     def refuse(self, layer: Layer) -> str | None:
         if layer.scheme.is_integer:
             return refuse_words(layer, self.name, BITS["gptq"], "gptq")
+        if layer.scheme.weight.is_mx and layer.scheme.input is None:
+            return f"{self.name} readers round the inputs of MX layers, {layer.scheme.name} keeps them"
         return refuse_mx(layer, self.name)
 
     def settle(self, layers: Sequence[Layer]) -> Format:

@@ -25,8 +25,8 @@ __all__ = ["find_mx", "mx_outputs", "pack_mx", "pack_nibbles", "refuse_mx", "unp
 def refuse_mx(layer: Layer, name: str) -> str | None:
     """Why these tensors cannot hold a layer, or None."""
     scheme = layer.scheme
-    if scheme.is_integer or scheme.weight.scale != "E8M0":
-        return f"{name} stores MXFP4 and MXFP8, {scheme.name} is neither"
+    if not scheme.weight.is_mx:
+        return f"{name} has no layout for {scheme.name}"
     if layer.permuted:
         return f"{name} cannot store which group each column belongs to"
     if layer.shape[1] % 32:
