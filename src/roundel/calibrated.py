@@ -173,6 +173,8 @@ class Units:
         return streams
 
     def _unit(self, work: Work, streams: dict[str, Frontier], following: str | None) -> dict[str, Frontier]:
+        from roundel.calibration.input_scales import with_input_scales
+
         started = time.perf_counter()
         block = self._block(work)
         is_last = following is None
@@ -182,7 +184,7 @@ class Units:
             behind["float"] = self._frontier(following or f"{work.name}.behind", "float")
             self._advance(block, weights, streams["float"], behind["float"])
         unit, notes = self._transformed(self._make(work, block, weights, streams, behind))
-        rounded = self.chain.algorithm.quantize(unit)
+        rounded = with_input_scales(unit, self.chain.algorithm.quantize(unit))
         row = self._write(work, unit, weights, rounded, notes)
         seconds = time.perf_counter() - started
         if not is_last:

@@ -11,7 +11,6 @@ from roundel.errors import PlanError, nearest
 from roundel.families.generic import CONV1D
 from roundel.formats import FORMATS, Format
 from roundel.recipe import Choice, Recipe, matches, scheme_of_entry
-from roundel.support import unmeasured
 from roundel.unit import Layer
 
 __all__ = ["choose", "head_asked", "layers_of", "settle"]
@@ -85,7 +84,6 @@ def layers_of(
             *((f"{step.name}", step.refuse(layer)) for step in recipe.chain.transforms),
             (f"algorithm {algorithm.name}", algorithm.refuse(layer)),
             *((f.name, f.refuse(layer)) for f in formats),
-            ("inputs", unmeasured(layer)),
         ]
         for who, reason in reasons:
             if reason is not None:

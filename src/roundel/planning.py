@@ -267,8 +267,9 @@ def build_plan(
     if problems:
         raise PlanError(problems)
     works = _works(checkpoint, matrices, {layer.name: layer for layer in layers})
-    if recipe.chain.reads_activations:
+    if recipe.reads_activations:
         works = _units(works, checkpoint, recipe.chain.blocks_at_a_time)
+        _check_measured(works)
     _check_names(works, settled, checkpoint.source.name)
     kept = tuple(
         Kept(name=m.name, shape=m.shape, dtype=m.dtype, reason=choices[m.name].origin)
@@ -380,6 +381,17 @@ def _unit(name: str, works: Sequence[Work], blocks: Sequence[str]) -> Work:
 def _block_count(config: Mapping[str, object]) -> int | None:
     count = text_config(config).get("num_hidden_layers", config.get("num_hidden_layers"))
     return count if isinstance(count, int) else None
+
+
+def _check_measured(works: Sequence[Work]) -> None:
+    """Inputs are measured where tokens run through blocks."""
+    apart = [w.layer for w in works if w.kind == "round" and w.layer is not None and w.layer.scheme.stores_input_scale]
+    if apart:
+        raise PlanError(
+            f"{apart[0].name} stands outside the decoder blocks, where no inputs are measured, and "
+            f"{apart[0].scheme.name} stores a scale of them. Keep it with --ignore-layers, or choose a scheme that "
+            "scales inputs at run time, such as FP8_DYNAMIC."
+        )
 
 
 def _check_names(works: Sequence[Work], formats: Sequence[Format], source: str) -> None:

@@ -121,7 +121,7 @@ class Recipe:
                 raise RecipeError(f"{name}={value!r} is not possible: it is a whole number, at least {low}.")
         if self.activation_dtype not in ("float32", "bfloat16"):
             raise RecipeError(f"activation_dtype={self.activation_dtype!r} is not possible: float32 or bfloat16.")
-        reads = self.chain.reads_activations
+        reads = self.reads_activations
         if self.calibrate_all_experts and not reads:
             raise RecipeError(f"calibrate_all_experts has no meaning for {self.algorithm}, which looks at no data.")
 
@@ -133,6 +133,14 @@ class Recipe:
             self.options,
             {"seed": self.seed} | ({} if self.batch_size is None else {"batch_size": self.batch_size}),
         )
+
+    @cached_property
+    def reads_activations(self) -> bool:
+        """Whether any step looks at data, or a scheme stores what only data can tell."""
+        default = self.default_for("linear")
+        own = (scheme_of_entry(pattern, value, default) for pattern, value in self.layer_config.items())
+        schemes = (default, self.default_for("expert"), self.default_for("head"), *own)
+        return self.chain.reads_activations or any(each.stores_input_scale for each in schemes if each is not None)
 
     @property
     def label(self) -> str:
@@ -160,7 +168,7 @@ class Recipe:
         default = Recipe()
         found = {k: v for k, v in asdict(self).items() if v != getattr(default, k)}
         always: dict[str, object] = {"scheme": self.scheme, "algorithm": self.algorithm, "formats": list(self.formats)}
-        if self.chain.reads_activations:
+        if self.reads_activations:
             always |= {name: getattr(self, name) for name in ("dataset", "nsamples", "seqlen", "seed")}
         return always | {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
 

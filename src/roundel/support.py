@@ -7,7 +7,7 @@ from roundel.formats import FORMATS
 from roundel.scheme import PRESETS, Scheme, integer_scheme
 from roundel.unit import Layer, Stored
 
-__all__ = ["nominal_layer", "shown_schemes", "support_rows", "unmeasured"]
+__all__ = ["nominal_layer", "shown_schemes", "support_rows"]
 
 
 def nominal_layer(scheme: Scheme) -> Layer:
@@ -21,13 +21,6 @@ def shown_schemes() -> dict[str, Scheme]:
     return {**PRESETS, **{s.name: s for s in asymmetric}}
 
 
-def unmeasured(layer: Layer) -> str | None:
-    """Why a layer's inputs cannot be rounded as its scheme asks, or None."""
-    if layer.scheme.stores_input_scale:
-        return f"{layer.scheme.name} stores a scale of the inputs, which no step measures on calibration data yet"
-    return None
-
-
 def support_rows() -> list[tuple[str, dict[str, str | None]]]:
     """(scheme, {format: why not, or None where it is stored}) for every scheme and written format."""
     algorithm = ALGORITHMS["rtn"]
@@ -37,6 +30,6 @@ def support_rows() -> list[tuple[str, dict[str, str | None]]]:
         for format in FORMATS.values():
             if format.writes:
                 layer = nominal_layer(format.grid_of(scheme))
-                cells[format.name] = format.refuse(layer) or algorithm.refuse(layer) or unmeasured(layer)
+                cells[format.name] = format.refuse(layer) or algorithm.refuse(layer)
         rows.append((name, cells))
     return rows

@@ -71,7 +71,7 @@ def quantize(
     try:
         plan = build_plan(checkpoint, recipe)
         calibration, bar = None, _Bar(sum(layer.parameters for layer in plan.layers), len(plan.layers))
-        if recipe.chain.reads_activations:
+        if recipe.reads_activations:
             calibration = calibration_of(
                 checkpoint, recipe, offload=offload, trust_remote_code=trust_remote_code, tick=bar.tick
             )

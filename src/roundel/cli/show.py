@@ -67,7 +67,7 @@ def print_plan(plan: Plan, workers: int, device: str) -> None:
             kept.add_row(escape(pattern), str(count), *map(escape, cells))
         console.print(kept)
     console.print()
-    if plan.recipe.chain.reads_activations:
+    if plan.recipe.reads_activations:
         _print_units(plan, device)
     for note in plan.notes:
         console.print(f"[yellow]note[/] {escape(note)}")
