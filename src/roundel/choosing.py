@@ -96,7 +96,8 @@ def layers_of(
 def _refusal(reason: str, layers: Sequence[Layer]) -> str:
     first, more = layers[0], len(layers) - 1
     others = f" (and {more} more)" if more else ""
-    storing = [f.name for f in FORMATS.values() if f.writes and all(f.refuse(layer) is None for layer in layers)]
+    smaller = [f for f in FORMATS.values() if f.writes and f.name != "fake"]  # which stores all, and saves nothing
+    storing = [f.name for f in smaller if all(f.refuse(layer) is None for layer in layers)]
     remedy = f"Use format {' or '.join(storing)}, " if storing else "Choose another scheme, "
     return (
         f"{first.name} {list(first.shape)}{others}: {reason}. {remedy}or change these layers with --layer-config or "

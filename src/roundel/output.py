@@ -188,7 +188,8 @@ def finish(out: Path, plan: Plan, source: Source, report: Report) -> None:
                 "weight_map": {name: s.name for s in output.shards for name in s.places},
             }
             _write(folder / INDEX, json.dumps(index, indent=2) + "\n")
-        _write(folder / "quantization_config.json", json.dumps(output.config, indent=2) + "\n")
+        if output.config:
+            _write(folder / "quantization_config.json", json.dumps(output.config, indent=2) + "\n")
         _write(folder / "recipe.json", json.dumps(plan.recipe.to_dict(), indent=2) + "\n")
         _write(folder / REPORT, report.to_json(number))
         _write(folder / PAGE, page(report, number, read_costs(out / LOG)))
@@ -213,7 +214,7 @@ def _config(config: Mapping[str, object], output: Output, untied: bool) -> dict[
         text = found.get("text_config")
         if isinstance(text, Mapping) and "tie_word_embeddings" in text:
             found["text_config"] = {**text, "tie_word_embeddings": False}
-    return {**found, "quantization_config": output.config}
+    return {**found, "quantization_config": output.config} if output.config else found
 
 
 def _copy_small_files(source: Source, folder: Path) -> None:

@@ -122,7 +122,7 @@ UNFIT = [
             "3 problems:",
             "'kproj' matches no layer. Did you mean 'k_proj'?",
             "'zz' matches no layer",
-            "One file holds integers or MX",
+            "One file holds integers, MXINT4, FP8 or other floats",
         ],
     ),
 ]

@@ -20,7 +20,7 @@ from roundel.unit import Layer, Piece, Stored, Unit
 
 SCHEMES = {**shown_schemes(), "W4A16G-1": Scheme.parse("W4A16G-1"), "W3A16G96_ASYM": Scheme.parse("W3A16G96_ASYM")}
 SHAPES = ((64, 128), (24, 224), (40, 96), (200, 144))
-WRITTEN = {name: f for name, f in FORMATS.items() if f.writes}
+WRITTEN = {name: f for name, f in FORMATS.items() if f.writes and name != "fake"}  # which keeps no codes
 
 
 def layer_of(scheme: Scheme, shape: tuple[int, int], dtype: str = "BF16") -> Layer:
@@ -158,9 +158,38 @@ def test_autoround_settles_by_what_all_layers_are() -> None:
     assert packing("W4A16_ASYM") == "auto_round:auto_awq"
     assert packing("W4A16_ASYM", "W4A16") == "auto_round"
     assert packing("W2A16_ASYM") == "auto_round"
-    assert packing("MXFP4", "MXFP8") == "auto_round:llm_compressor"
-    with pytest.raises(PlanError, match="not both"):
+    assert packing("MXFP4", "MXFP8") == packing("NVFP4") == "auto_round:llm_compressor"
+    assert packing("MXINT4") == "auto_round"
+    assert packing("FP8_STATIC") == "auto_round:fp8_static"
+    with pytest.raises(PlanError, match="not several"):
         packing("MXFP4", "W4A16")
+
+
+@pytest.mark.parametrize("scheme_name", ["NVFP4", "FP8_STATIC", "FP8"])
+def test_a_scale_of_inputs_is_stored_or_missed(scheme_name: str) -> None:
+    format, layer = settled(WRITTEN["llm_compressor"], SCHEMES[scheme_name], (64, 128))  # type: ignore[misc]
+    quantized = rounded(layer, torch.randn(64, 128))
+    part = "input_global_scale" if scheme_name == "NVFP4" else "input_scale"
+    assert float(format.pack(layer, quantized)[part]) == (16.0 if scheme_name == "NVFP4" else 0.0625)
+    with pytest.raises(GridError, match="calibration"):
+        format.pack(layer, replace(quantized, input_scale=None))
+
+
+def test_a_divisor_comes_back_as_the_factor_it_was() -> None:
+    format, layer = settled(WRITTEN["llm_compressor"], SCHEMES["NVFP4A16"], (8, 16))  # type: ignore[misc]
+    for seed in range(500):  # one reciprocal in eight misses its inverse by the last bit
+        quantized = rounded(layer, torch.randn(8, 16, generator=torch.Generator().manual_seed(seed)))
+        back = format.unpack(layer, format.pack(layer, quantized))
+        assert torch.equal(plain(back.scale), plain(quantized.scale))
+
+
+def test_fake_stores_what_the_codes_mean() -> None:
+    for scheme in SCHEMES.values():
+        layer = layer_of(scheme, (200, 144))
+        quantized = rounded(layer, torch.randn(200, 144))
+        parts = FORMATS["fake"].pack(layer, quantized)
+        assert [s.name for s in FORMATS["fake"].outputs(layer)] == list(parts)
+        assert torch.equal(parts["weight"], quantized.decode().bfloat16())
 
 
 def test_awq_holds_one_scheme() -> None:
@@ -177,6 +206,7 @@ def test_matrix_is_asked_and_complete() -> None:
         "auto_awq": None,
         "llm_compressor": None,
         "fp8": rows["W4A16"]["fp8"],
+        "fake": None,
     }
     assert "no layout" in str(rows["MXINT4"]["llm_compressor"])
     assert rows["FP8_STATIC"]["llm_compressor"] is None

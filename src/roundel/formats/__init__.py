@@ -8,6 +8,7 @@ from roundel.errors import RecipeError, SourceError, nearest
 from roundel.formats.autoround import AutoRound
 from roundel.formats.awq import AutoAwq
 from roundel.formats.compressed_tensors import CompressedTensors
+from roundel.formats.fake import Fake
 from roundel.formats.format import Contents, Format, Found, WordLayout
 from roundel.formats.fp8 import Fp8, ModelOpt
 from roundel.formats.gpt_oss import Mxfp4Blocks
@@ -16,7 +17,8 @@ from roundel.formats.gptq import AutoGptq
 __all__ = ["FORMATS", "Contents", "Format", "Found", "WordLayout", "format_named", "reader_of"]
 
 FORMATS: dict[str, Format] = {
-    f.name: f for f in (AutoRound(), AutoGptq(), AutoAwq(), CompressedTensors(), Fp8(), ModelOpt(), Mxfp4Blocks())
+    f.name: f
+    for f in (AutoRound(), AutoGptq(), AutoAwq(), CompressedTensors(), Fp8(), Fake(), ModelOpt(), Mxfp4Blocks())
 }
 _ALIASES = {
     "gptq": "auto_gptq",

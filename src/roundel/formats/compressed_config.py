@@ -106,8 +106,8 @@ def _inputs(scheme: Scheme) -> dict[str, object]:
 
 def _grid(arguments: Arguments, scale: str) -> Grid | None:
     """The grid of QuantizationArgs; None where it is none of ours. scale: the dtype of float scales."""
-    bits, kind, strategy = arguments.get("num_bits", 8), arguments.get("type", "int"), arguments.get("strategy")
-    size, structure = arguments.get("group_size"), arguments.get("block_structure")
+    bits, kind = arguments.get("num_bits", 8), arguments.get("type", "int")
+    size, structure, strategy = (arguments.get(key) for key in ("group_size", "block_structure", "strategy"))
     symmetric = bool(arguments.get("symmetric", True))
     if strategy is None:
         strategy = "group" if isinstance(size, int) and size > 0 else "channel" if size == -1 else "tensor"
@@ -119,7 +119,7 @@ def _grid(arguments: Arguments, scale: str) -> Grid | None:
         block = (_whole(structure[0]), _whole(structure[1]))
         if min(block) < 1:
             return None
-    elif strategy in blocks:
+    elif str(strategy) in blocks:
         block = blocks[str(strategy)]
     else:
         return None

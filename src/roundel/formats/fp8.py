@@ -76,6 +76,11 @@ class Fp8(Format):
             "weight_block_size": list(BLOCK.weight.block),
         }
 
+    def caveats(self, contents: Contents) -> tuple[str, ...]:
+        if any(size % 128 for layer in contents.layers for size in layer.shape):
+            return ("fp8: on CPU transformers decodes layers wrong whose sizes are no multiples of 128",)
+        return ()
+
     def recognize(self, quantization: Mapping[str, object]) -> Format | None:
         return Fp8(quantization=quantization) if quantization.get("quant_method") == "fp8" else None
 
