@@ -168,6 +168,9 @@ class _Matrix:
         )
 
 
+Alive = dict[int, tuple["weakref.ref[Tensor]", _Matrix]]  # where rounded weights are, while they are there
+
+
 class _Rounding(torch.autograd.Function):
     """A matrix' rounded weights; the anchor makes them part of the graph."""
 
@@ -183,22 +186,30 @@ class _Rounding(torch.autograd.Function):
         return None, None
 
 
-class _Forgotten(saved_tensors_hooks):
-    """While it is entered, rounded weights are not kept for the way back, but rounded again there."""
+class _Noted:
+    """A matrix, and a note of where its rounded weights are while they are used."""
 
-    def __init__(self, matrices: Sequence[_Matrix]) -> None:
-        super().__init__(self._pack, self._unpack)
-        self._alive: dict[int, tuple[weakref.ref[Tensor], _Matrix]] = {}
-        self.weights: dict[str, Decodable] = {m.layer.tensor: _Noted(m, self._alive) for m in matrices}
+    def __init__(self, matrix: _Matrix, alive: Alive) -> None:
+        self.matrix, self.alive, self.shape = matrix, alive, matrix.shape
 
-    def _pack(self, saved: Tensor) -> object:
-        found = self._alive.get(saved.untyped_storage().data_ptr())
+    def decode(self) -> Tensor:
+        rounded = self.matrix.decode()
+        self.alive[rounded.untyped_storage().data_ptr()] = weakref.ref(rounded), self.matrix
+        return rounded
+
+
+def _forgotten(matrices: Sequence[_Matrix]) -> tuple[dict[str, Decodable], saved_tensors_hooks]:
+    """Weights for a pass, and what is to be entered meanwhile: rounded weights are then not kept for the way back, but
+    rounded again there."""
+    alive: Alive = {}
+
+    def pack(saved: Tensor) -> object:
+        found = alive.get(saved.untyped_storage().data_ptr())
         if found is None or found[0]() is None:  # none of them, or in the memory of one that is gone
             return saved
         return found[1], saved.shape, saved.stride()
 
-    @staticmethod
-    def _unpack(packed: object) -> Tensor:
+    def unpack(packed: object) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         assert isinstance(packed, tuple)
@@ -206,17 +217,7 @@ class _Forgotten(saved_tensors_hooks):
         rounded: Tensor = matrix.rounded().as_strided(shape, stride)
         return rounded
 
-
-class _Noted:
-    """A matrix, and a note of where its rounded weights are while they are used."""
-
-    def __init__(self, matrix: _Matrix, alive: dict[int, tuple[weakref.ref[Tensor], _Matrix]]) -> None:
-        self.matrix, self.alive, self.shape = matrix, alive, matrix.shape
-
-    def decode(self) -> Tensor:
-        rounded = self.matrix.decode()
-        self.alive[rounded.untyped_storage().data_ptr()] = weakref.ref(rounded), self.matrix
-        return rounded
+    return {m.layer.tensor: _Noted(m, alive) for m in matrices}, saved_tensors_hooks(pack, unpack)
 
 
 def _backward(unit: Unit, how: SignRound, matrices: Sequence[_Matrix], samples: Sequence[int], part: int) -> float:
@@ -227,9 +228,9 @@ def _backward(unit: Unit, how: SignRound, matrices: Sequence[_Matrix], samples: 
         for matrix in matrices:
             matrix.is_last = start + part >= len(samples)
         target = entering.inputs(some, "target").float()
-        forgotten = _Forgotten(matrices)
-        with forgotten:
-            output = entering.forward(entering.inputs(some, _stream(how)), forgotten.weights)
+        weights, hooks = _forgotten(matrices)
+        with hooks:
+            output = entering.forward(entering.inputs(some, _stream(how)), weights)
             loss = (output.float() - target).square().mean()
         # Summed over channels, so that gradients by single weights stay far from the least float32.
         (loss * (output.shape[-1] * len(some) / len(samples))).backward()  # type: ignore[no-untyped-call]
