@@ -1,0 +1,284 @@
+"""How ggml's block types lie in bytes: `pack` and `unpack`, exact inverses, from a table of fields.
+
+A row of a matrix is a row of blocks (of 32 or 256 weights); a block is its fields, one after the other. Source of the
+layouts: llama.cpp, ggml/src/ggml-common.h (the block_* structures), and the dequantize_row_* functions of
+ggml/src/ggml-quants.c. Not covered: the types that need a codebook (IQ1 to IQ3), NVFP4, and types only used while
+computing (Q8_1, Q8_K).
+
+TQ1_0 holds 243 of 256 possible bytes; another byte is read as ggml reads it, and not written again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from roundel.errors import GridError
+from roundel.ops.blocks import StoredBlocks, as_stored, as_tensor
+from roundel.scheme import BLOCK_GRIDS, Grid
+from roundel.tensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["BLOCK_TYPES", "BlockType", "Half", "Plane", "SixBits", "Trits", "block_type"]
+
+
+@dataclass(frozen=True)
+class Half:
+    """One float16 (for MXFP4 one byte) of a block. of: "scale" or "low"."""
+
+    of: str
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Some bits of every number of a block, several numbers to a byte.
+
+    of     "codes", "levels", or "both": scale levels and after them levels of minima
+    bits   how many bits of a number
+    span   numbers that share span * bits / 8 bytes: byte i of these holds number i in its lowest bits, above it number
+           i + span * bits / 8, and so on
+    first  the lowest of the bits
+    """
+
+    of: str
+    bits: int
+    span: int
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class SixBits:
+    """Eight 6-bit levels and eight 6-bit levels of minima in 12 bytes.
+
+    Bytes 0 to 3 hold levels 0 to 3, bytes 4 to 7 those of minima, each with the upper two bits of the level four
+    further on top; bytes 8 to 11 the lower four bits of levels 4 to 7, and of minima above them.
+    """
+
+
+@dataclass(frozen=True)
+class Trits:
+    """Numbers 0 to 2, five to a byte: the byte is ceil(256 / 243 * (81 a + 27 b + 9 c + 3 d + e)).
+
+    spans   (numbers a byte holds, bytes): of `bytes` bytes, byte i holds numbers i, i + bytes, ...
+    """
+
+    spans: tuple[tuple[int, int], ...]
+
+
+Field = Half | Plane | SixBits | Trits
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockType:
+    """One way to store a matrix row by row.
+
+    name     as ggml spells it
+    number   ggml's number of the type, as files name it
+    weights  in a block
+    nbytes   of a block
+    fields   of a block, in order
+    """
+
+    name: str
+    number: int
+    weights: int
+    nbytes: int
+    fields: tuple[Field, ...]
+
+    @property
+    def grid(self) -> Grid:
+        return BLOCK_GRIDS[self.name]
+
+    def row_bytes(self, width: int) -> int:
+        """Bytes of a row of `width` weights. Raises GridError where they are no whole blocks."""
+        if width % self.weights:
+            raise GridError(f"{self.name} stores blocks of {self.weights} weights; {width} inputs do not divide")
+        return width // self.weights * self.nbytes
+
+    def pack(self, tensor: QuantizedTensor) -> Tensor:
+        """A matrix on this type's grid -> uint8 [out, bytes of a row]."""
+        if tensor.grid != self.grid:
+            raise GridError(f"{self.name} stores its own grid, not {tensor.grid}")
+        return self.pack_stored(as_stored(tensor))
+
+    def unpack(self, packed: Tensor) -> QuantizedTensor:
+        """uint8 [out, bytes of a row] -> the matrix: the inverse of `pack`."""
+        return as_tensor(self.unpack_stored(packed), self.name)
+
+    def pack_stored(self, stored: StoredBlocks) -> Tensor:
+        """The numbers of a matrix as they are stored -> bytes."""
+        import torch
+
+        out, width = stored.codes.shape
+        self.row_bytes(width)
+        count = out * width // self.weights
+        parts = [_pack_field(field, stored, count) for field in self.fields]
+        return torch.cat(parts, dim=-1).reshape(out, -1)
+
+    def unpack_stored(self, packed: Tensor) -> StoredBlocks:
+        """The inverse of `pack_stored`."""
+        import torch
+
+        out = packed.shape[0]
+        blocks = packed.reshape(-1, self.nbytes)
+        grid, count = self.grid, blocks.shape[0]
+        found: dict[str, Tensor] = {"codes": blocks.new_zeros((count, self.weights))}
+        if isinstance(grid.scale, Grid):
+            both = self.weights // grid.block[1] * (1 if grid.offset is None else 2)
+            found["both"] = blocks.new_zeros((count, both))
+        for field, part in self._fields_of(blocks):
+            if isinstance(field, Half):
+                found[field.of] = part if grid.scale == "E8M0" else part.contiguous().view(torch.float16)
+            elif isinstance(field, SixBits):
+                found["both"] = _unpack_six_bits(part)
+            elif isinstance(field, Trits):
+                found["codes"] = _unpack_trits(part, field)
+            else:
+                name = "codes" if field.of == "codes" else "both"
+                found[name] |= _unpack_plane(part, field) << field.first
+        both_levels = found.pop("both", None)
+        if both_levels is not None:
+            names = ("levels",) if grid.offset is None else ("levels", "low_levels")
+            found |= dict(zip(names, both_levels.chunk(len(names), dim=-1), strict=True))
+        return StoredBlocks(**{name: value.reshape(out, -1) for name, value in found.items()})
+
+    def _fields_of(self, blocks: Tensor) -> Iterator[tuple[Field, Tensor]]:
+        begin = 0
+        for field in self.fields:
+            size = self.field_bytes(field)
+            yield field, blocks[:, begin : begin + size]
+            begin += size
+
+    def field_bytes(self, field: Field) -> int:
+        """Bytes of a field in a block."""
+        if isinstance(field, Half):
+            return 1 if self.grid.scale == "E8M0" else 2
+        if isinstance(field, SixBits):
+            return 12
+        if isinstance(field, Trits):
+            return sum(nbytes for _, nbytes in field.spans)
+        numbers = self.weights if field.of == "codes" else self.weights // self.grid.block[1]
+        return numbers * (2 if field.of == "both" else 1) * field.bits // 8
+
+
+def _pack_field(field: Field, stored: StoredBlocks, count: int) -> Tensor:
+    import torch
+
+    if isinstance(field, Half):
+        value = stored.scale if field.of == "scale" else stored.low
+        assert value is not None, field
+        return value.reshape(count, 1).contiguous().view(torch.uint8)
+    if isinstance(field, Trits):
+        return _pack_trits(stored.codes.reshape(count, -1), field)
+    if isinstance(field, SixBits) or field.of == "both":
+        assert stored.levels is not None and stored.low_levels is not None, field
+        numbers = torch.cat([each.reshape(count, -1) for each in (stored.levels, stored.low_levels)], dim=-1)
+    else:
+        value = stored.codes if field.of == "codes" else stored.levels
+        assert value is not None, field
+        numbers = value.reshape(count, -1)
+    return _pack_six_bits(numbers) if isinstance(field, SixBits) else _pack_plane(numbers, field)
+
+
+def _pack_plane(numbers: Tensor, field: Plane) -> Tensor:
+    """[blocks, n] uint8 -> [blocks, n * bits / 8]"""
+    import torch
+
+    per_byte = 8 // field.bits
+    parts = (numbers >> field.first) & ((1 << field.bits) - 1)
+    parts = parts.reshape(len(numbers), -1, per_byte, field.span // per_byte)
+    packed = torch.zeros_like(parts[:, :, 0])
+    for k in range(per_byte):
+        packed |= parts[:, :, k] << (k * field.bits)
+    return packed.flatten(1)
+
+
+def _unpack_plane(packed: Tensor, field: Plane) -> Tensor:
+    import torch
+
+    per_byte = 8 // field.bits
+    chunks = packed.reshape(len(packed), -1, 1, field.span // per_byte)
+    shifts = torch.arange(per_byte, dtype=torch.uint8, device=packed.device)[:, None] * field.bits
+    return ((chunks >> shifts) & ((1 << field.bits) - 1)).flatten(1)
+
+
+def _pack_six_bits(numbers: Tensor) -> Tensor:
+    import torch
+
+    early, late = numbers.reshape(-1, 2, 2, 4).unbind(2)  # [blocks, levels and minima, 4]
+    tops = early | (late >> 4) << 6
+    lows = (late[:, 0] & 0xF) | (late[:, 1] & 0xF) << 4
+    return torch.cat([tops.flatten(1), lows], dim=-1)
+
+
+def _unpack_six_bits(packed: Tensor) -> Tensor:
+    import torch
+
+    tops, lows = packed[:, :8].reshape(-1, 2, 4), packed[:, 8:]
+    late = torch.stack([lows & 0xF, lows >> 4], dim=1) | (tops >> 6) << 4
+    return torch.stack([tops & 63, late], dim=2).flatten(1)
+
+
+def _pack_trits(codes: Tensor, field: Trits) -> Tensor:
+    import torch
+
+    begin, parts = 0, []
+    for per_byte, nbytes in field.spans:
+        digits = codes[:, begin : begin + per_byte * nbytes].reshape(len(codes), per_byte, nbytes).int()
+        value = torch.zeros_like(digits[:, 0])
+        for k in range(5):
+            value = value * 3 + (digits[:, k] if k < per_byte else 0)
+        parts.append(((value * 256 + 242) // 243).to(torch.uint8))
+        begin += per_byte * nbytes
+    return torch.cat(parts, dim=-1)
+
+
+def _unpack_trits(packed: Tensor, field: Trits) -> Tensor:
+    import torch
+
+    begin, parts = 0, []
+    for per_byte, nbytes in field.spans:
+        value = packed[:, begin : begin + nbytes].int()
+        parts += [((value * 3**k % 256 * 3) >> 8).to(torch.uint8) for k in range(per_byte)]
+        begin += nbytes
+    return torch.cat(parts, dim=-1)
+
+
+_D, _LOW = Half("scale"), Half("low")
+_NIBBLES = Plane("codes", 4, 32)
+_WIDE_NIBBLES = Plane("codes", 4, 64)
+_PAIRS = Plane("codes", 2, 128)
+_FIFTH_OF_32 = Plane("codes", 1, 8, first=4)
+
+BLOCK_TYPES: dict[str, BlockType] = {
+    name: BlockType(name=name, number=number, weights=weights, nbytes=nbytes, fields=fields)
+    for name, number, weights, nbytes, fields in (
+        ("Q4_0", 2, 32, 18, (_D, _NIBBLES)),
+        ("Q4_1", 3, 32, 20, (_D, _LOW, _NIBBLES)),
+        ("Q5_0", 6, 32, 22, (_D, _FIFTH_OF_32, _NIBBLES)),
+        ("Q5_1", 7, 32, 24, (_D, _LOW, _FIFTH_OF_32, _NIBBLES)),
+        ("Q8_0", 8, 32, 34, (_D, Plane("codes", 8, 32))),
+        ("Q2_K", 10, 256, 84, (Plane("both", 4, 32), _PAIRS, _D, _LOW)),
+        ("Q3_K", 11, 256, 110, (
+            Plane("codes", 1, 256, first=2), _PAIRS, Plane("levels", 4, 16), Plane("levels", 2, 16, first=4), _D,
+        )),
+        ("Q4_K", 12, 256, 144, (_D, _LOW, SixBits(), _WIDE_NIBBLES)),
+        ("Q5_K", 13, 256, 176, (_D, _LOW, SixBits(), Plane("codes", 1, 256, first=4), _WIDE_NIBBLES)),
+        ("Q6_K", 14, 256, 210, (
+            Plane("codes", 4, 128), Plane("codes", 2, 128, first=4), Plane("levels", 8, 16), _D,
+        )),
+        ("IQ4_NL", 20, 32, 18, (_D, _NIBBLES)),
+        ("IQ4_XS", 23, 256, 136, (_D, Plane("levels", 2, 4, first=4), Plane("levels", 4, 2), _NIBBLES)),
+        ("TQ1_0", 34, 256, 54, (Trits(((5, 32), (5, 16), (4, 4))), _D)),
+        ("TQ2_0", 35, 256, 66, (_PAIRS, _D)),
+        ("MXFP4", 39, 32, 17, (_D, _NIBBLES)),
+    )
+}  # fmt: skip
+
+
+def block_type(number: int) -> BlockType | None:
+    """The block type that files call by a number; None for floats, and for types that are not read."""
+    return next((each for each in BLOCK_TYPES.values() if each.number == number), None)
