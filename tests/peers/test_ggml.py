@@ -19,7 +19,7 @@ from torch import Tensor
 from ops.block_cases import MATRICES, importance_of, matrix
 from roundel.data.bundled import bundled_model
 from roundel.formats.gguf.block_types import BLOCK_TYPES
-from roundel.ops.blocks import round_blocks_reference
+from roundel.ops.blocks import round_blocks
 
 HERE = Path(__file__).parent
 PEERS = Path(os.environ.get("ROUNDEL_PEERS", HERE.parents[1] / ".peers"))
@@ -59,7 +59,7 @@ def test_same_bytes(name: str, known: bool, matrices: dict[str, Tensor], theirs:
     kind = BLOCK_TYPES[name]
     for key, weight in matrices.items():
         expected = theirs[f"{key}{'.known' * known}/{name}"]
-        ours = kind.pack_stored(round_blocks_reference(weight, name, importance_of(1024) if known else None))
+        ours = kind.pack_stored(round_blocks(weight, name, importance_of(1024) if known else None))
         differing = (ours != expected).view(-1, kind.nbytes).any(-1)
         assert not differing.any(), f"{key}: {int(differing.sum())} of {differing.numel()} blocks"
 

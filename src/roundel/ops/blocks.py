@@ -35,7 +35,7 @@ from roundel.ops.minifloat import decode_e8m0
 from roundel.scheme import BLOCK_GRIDS, Grid
 from roundel.tensor import QuantizedTensor
 
-__all__ = ["StoredBlocks", "as_stored", "as_tensor", "round_blocks_reference"]
+__all__ = ["StoredBlocks", "as_stored", "as_tensor", "round_blocks", "round_blocks_reference"]
 
 CHUNK = 1 << 18  # weights rounded at a time by the definition
 PLAIN = {
@@ -107,13 +107,24 @@ def as_stored(tensor: QuantizedTensor) -> StoredBlocks:
     return StoredBlocks(codes=codes, scale=scale.scale, low=-offset.scale, levels=levels, low_levels=offset.codes)
 
 
-def round_blocks_reference(weight: Tensor, name: str, importance: Tensor | None = None) -> StoredBlocks:
+def round_blocks(weight: Tensor, name: str, importance: Tensor | None = None) -> StoredBlocks:
     """A matrix as a block type, as ggml rounds it.
 
     weight       [out, in] float, finite; in divisible by the type's 32 or 256
     name         a key of BLOCK_GRIDS
     importance   [in] or [out, in], at least 0; Q8_0, MXFP4, TQ1_0 and TQ2_0 make no use of it
     """
+    from roundel.ops import use_kernels
+
+    if use_kernels() and weight.device.type == "cpu" and weight.numel():
+        from roundel.ops.numba.block_tensors import round_rows
+
+        return round_rows(weight.detach().float().contiguous(), name, importance)
+    return round_blocks_reference(weight, name, importance)
+
+
+def round_blocks_reference(weight: Tensor, name: str, importance: Tensor | None = None) -> StoredBlocks:
+    """`round_blocks` in plain torch, on any device."""
     grid = BLOCK_GRIDS[name]
     width = weight.shape[1]
     rows = max(1, CHUNK // max(1, width))
