@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ops.block_cases import random_stored
+from ops.block_cases import importance_of, matrix, random_stored
 from roundel.errors import GridError
 from roundel.formats.gguf.block_types import BLOCK_TYPES, block_type
 from roundel.ops.blocks import as_stored, as_tensor, round_blocks_reference
@@ -42,6 +42,7 @@ def test_pack_and_back(name: str) -> None:
         packed = kind.pack(tensor)
         assert packed.dtype == torch.uint8
         assert tuple(packed.shape) == (shape[0], kind.row_bytes(shape[1]))
+        assert torch.equal(packed, kind.pack_stored_reference(stored))
         for again in (kind.unpack_stored(packed), as_stored(kind.unpack(packed)), as_stored(tensor)):
             for part in ("codes", "scale", "low", "levels", "low_levels"):
                 left, right = getattr(stored, part), getattr(again, part)
@@ -65,6 +66,15 @@ def test_rounds_to_the_bytes_of_ggml(name: str, kind: str) -> None:
     stored = round_blocks_reference(torch.from_numpy(GOLDEN["weight"]), name, importance)
     packed = BLOCK_TYPES[name].pack_stored(stored)
     assert torch.equal(packed, torch.from_numpy(GOLDEN[f"{kind}/{name}"]))
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_in_slabs_it_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("roundel.formats.gguf.block_types.SLAB", 1024)
+    kind, weight, importance = BLOCK_TYPES[name], matrix("normal", (7, 512)), importance_of(512)
+    for known in (None, importance, torch.stack([importance.roll(row) for row in range(7)])):
+        whole = kind.pack_stored_reference(round_blocks_reference(weight, name, known))
+        assert torch.equal(kind.round_and_pack(weight, known), whole)
 
 
 def test_another_grid_is_refused() -> None:

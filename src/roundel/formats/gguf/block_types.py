@@ -15,14 +15,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from roundel.errors import GridError
-from roundel.ops.blocks import StoredBlocks, as_stored, as_tensor
+from roundel.ops import use_kernels
+from roundel.ops.blocks import StoredBlocks, as_stored, as_tensor, round_blocks
 from roundel.scheme import BLOCK_GRIDS, Grid
 from roundel.tensor import QuantizedTensor
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 __all__ = ["BLOCK_TYPES", "BlockType", "Half", "Plane", "SixBits", "Trits", "block_type"]
+
+SLAB = 1 << 16  # weights rounded and packed at a time
 
 
 @dataclass(frozen=True)
@@ -113,10 +117,56 @@ class BlockType:
         import torch
 
         out, width = stored.codes.shape
-        self.row_bytes(width)
+        row_bytes = self.row_bytes(width)
+        if use_kernels() and stored.codes.device.type == "cpu":
+            packed = torch.empty((out, row_bytes), dtype=torch.uint8)
+            self._place(stored, packed.numpy().reshape(-1, self.nbytes))
+            return packed
+        return self.pack_stored_reference(stored)
+
+    def pack_stored_reference(self, stored: StoredBlocks) -> Tensor:
+        """`pack_stored` in plain torch, on any device."""
+        import torch
+
+        out, width = stored.codes.shape
         count = out * width // self.weights
         parts = [_pack_field(field, stored, count) for field in self.fields]
         return torch.cat(parts, dim=-1).reshape(out, -1)
+
+    def round_and_pack(self, weight: Tensor, importance: Tensor | None = None) -> Tensor:
+        """A float matrix [out, in] -> uint8 [out, bytes of a row], a slab of rows at a time: `round_blocks` and
+        `pack_stored`, with little more memory than the result."""
+        import torch
+
+        out, width = weight.shape
+        packed = torch.empty((out, self.row_bytes(width)), dtype=torch.uint8, device=weight.device)
+        rows = max(1, SLAB // max(1, width))
+        for start in range(0, out, rows):
+            slab = slice(start, start + rows)
+            counted = importance[slab] if importance is not None and importance.ndim == 2 else importance
+            packed[slab] = self.pack_stored(round_blocks(weight[slab], self.name, counted))
+        return packed
+
+    def _place(self, stored: StoredBlocks, packed: np.ndarray) -> None:
+        """`pack_stored_reference` by kernels. packed: [blocks, bytes of one]."""
+        from roundel.ops.numba.planes import place_bytes, place_plane, place_six_bits
+
+        begin, count = 0, packed.shape[0]
+        numbers = {
+            name: value.contiguous().numpy().reshape(count, -1)
+            for name, value in (("codes", stored.codes), ("levels", stored.levels), ("low_levels", stored.low_levels))
+            if value is not None
+        }
+        for field in self.fields:
+            if isinstance(field, SixBits):
+                place_six_bits(numbers["levels"], numbers["low_levels"], begin, packed)
+            elif isinstance(field, Plane) and field.of != "both" and field.bits < 8:
+                place_plane(numbers[field.of], field.bits, field.span, field.first, begin, packed)
+            elif isinstance(field, Plane) and field.of == "codes":
+                place_bytes(numbers["codes"], begin, packed)
+            else:
+                place_bytes(_pack_field(field, stored, count).numpy(), begin, packed)
+            begin += self.field_bytes(field)
 
     def unpack_stored(self, packed: Tensor) -> StoredBlocks:
         """The inverse of `pack_stored`."""
