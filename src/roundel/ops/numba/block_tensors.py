@@ -48,9 +48,9 @@ def round_rows(weight: Tensor, name: str, importance: Tensor | None) -> StoredBl
     known, element = _importance(rows, name, importance), grid.element
     largest = np.float32(element.hi)
     if element.name == "ternary":
-        round_whole_steps(rows, 256, np.float32(1), np.int32(1), codes, scale)
+        round_whole_steps(rows, 256, np.float32(1), np.float32(1), codes, scale)
     elif name == "Q8_0":
-        round_whole_steps(rows, 32, np.float32(127), np.int32(0), codes, scale)
+        round_whole_steps(rows, 32, np.float32(127), np.float32(0), codes, scale)
     elif name == "MXFP4":
         round_nearest_value(rows, np.array(element.values, np.float32), codes, scale)
     elif element.values is not None:

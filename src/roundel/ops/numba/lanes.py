@@ -19,14 +19,18 @@ __all__ = [
     "LANES",
     "choose",
     "every",
+    "first_of",
+    "highest",
     "largest_of",
     "load",
+    "lowest",
     "magnitude",
     "nearest",
     "none",
     "root",
     "store",
     "store_bytes",
+    "whole_below",
     "wrapped",
 ]
 
@@ -120,7 +124,13 @@ for _function, _instruction in (
     (operator.truediv, "fdiv"),
 ):
     _define(_function, _operation(_instruction))
-for _function, _symbol in ((operator.lt, "<"), (operator.gt, ">"), (operator.ge, ">="), (operator.ne, "!=")):
+for _function, _symbol in (
+    (operator.lt, "<"),
+    (operator.gt, ">"),
+    (operator.ge, ">="),
+    (operator.ne, "!="),
+    (operator.eq, "=="),
+):
     _define(_function, _comparison(_symbol))
 
 
@@ -220,6 +230,35 @@ def _unary(name: str):  # type: ignore[no-untyped-def]
 
 
 nearest, root, magnitude = _unary("nearbyint"), _unary("sqrt"), _unary("fabs")  # nearest whole number, half to even
+whole_below = _unary("floor")
+
+
+def _reduction(name: str):  # type: ignore[no-untyped-def]
+    @intrinsic
+    def work(typing_context, value):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            type_ = ir.FunctionType(ir.FloatType(), [_FLOATS])
+            function = cgutils.get_or_insert_function(builder.module, type_, f"llvm.vector.reduce.{name}.v{LANES}f32")
+            return builder.call(function, arguments, fastmath=("nnan", "nsz"))
+
+        return types.float32(lanes), generate
+
+    return work
+
+
+highest, lowest = _reduction("fmax"), _reduction("fmin")  # over the lanes, which are numbers; of zeros, either
+
+
+@intrinsic
+def first_of(typing_context, condition):  # type: ignore[no-untyped-def]
+    """The first lane where the condition holds; 16 where in none."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        bits = builder.zext(builder.bitcast(arguments[0], ir.IntType(LANES)), ir.IntType(64))
+        end = ir.Constant(ir.IntType(64), 1 << LANES)
+        return builder.cttz(builder.or_(bits, end), ir.Constant(ir.IntType(1), 0))
+
+    return types.intp(mask), generate
 
 
 @intrinsic

@@ -5,117 +5,127 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from roundel.ops.numba.lanes import (
+    LANES,
+    choose,
+    every,
+    first_of,
+    highest,
+    largest_of,
+    load,
+    lowest,
+    magnitude,
+    store_bytes,
+    whole_below,
+)
 from roundel.ops.numba.rounding import half_bits, half_of
 from roundel.ops.numba.stored import bits_of, float_of
 
 __all__ = ["round_nearest_value", "round_spanning", "round_symmetric", "round_whole_steps"]
 
 ZERO, ONE, HALF = np.float32(0.0), np.float32(1.0), np.float32(0.5)
-MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 _jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 
 
 @_jit
-def _largest_magnitude(block):  # type: ignore[no-untyped-def]
-    top = np.uint32(0)
-    for i in range(len(block)):
-        here = np.uint32(bits_of(block[i]) & MAGNITUDE)
-        top = here if here > top else top
-    return float_of(top)
+def _store_halves(values, halves):  # type: ignore[no-untyped-def]
+    for i in range(len(values)):
+        halves[i] = half_bits(half_of(values[i]))
+
+
+@_jit
+def _largest_magnitude(pieces, begin, end):  # type: ignore[no-untyped-def]
+    size = magnitude(load(pieces, begin))
+    for k in range(begin + 1, end):
+        size = largest_of(magnitude(load(pieces, k)), size)
+    return highest(size)
 
 
 @_jit
 def round_symmetric(rows, half, codes, scales):  # type: ignore[no-untyped-def]
     """Q4_0 and Q5_0. half: half the range of codes, float32."""
-    blocks, found = rows.reshape(-1, 32), codes.reshape(-1, 32)
-    flat_scales = scales.reshape(-1)
-    for index in range(blocks.shape[0]):
-        block, line = blocks[index], found[index]
-        size = _largest_magnitude(block)
-        edge = ZERO
-        if size > ZERO:
-            for i in range(32):
-                if abs(block[i]) == size:
-                    edge = block[i]
-                    break
+    pieces, found = rows.reshape(-1, LANES), codes.reshape(-1, LANES)
+    steps = np.empty(scales.size, np.float32)
+    for index in range(len(steps)):
+        at = 2 * index
+        left, right = load(pieces, at), load(pieces, at + 1)
+        size = highest(largest_of(magnitude(left), magnitude(right)))
+        lane = first_of(magnitude(left) == size)
+        if lane == LANES:
+            lane += first_of(magnitude(right) == size)
+        edge = rows.reshape(-1, 32)[index, lane] + ZERO
         step = edge / -half
+        steps[index] = step
         inverse = ONE / step if step != ZERO else ZERO
-        flat_scales[index] = half_bits(half_of(step))
-        for i in range(32):
-            code = np.int32(block[i] * inverse + (half + HALF))
-            line[i] = np.uint8(min(code, np.int32(half + half - ONE)))
+        for k in range(at, at + 2):
+            code = whole_below(load(pieces, k) * inverse + (half + HALF))
+            store_bytes(found, k, choose(code < half + half, code, half + half - ONE))
+    _store_halves(steps, scales.reshape(-1))
 
 
 @_jit
 def round_spanning(rows, largest, codes, scales, lows):  # type: ignore[no-untyped-def]
     """Q4_1 and Q5_1. largest: of codes, float32."""
-    blocks, found = rows.reshape(-1, 32), codes.reshape(-1, 32)
-    flat_scales, flat_lows = scales.reshape(-1), lows.reshape(-1)
-    for index in range(blocks.shape[0]):
-        block, line = blocks[index], found[index]
-        low, high = np.uint32(0xFFFFFFFF), np.uint32(0)  # floats as integers in the same order
-        for i in range(32):
-            bits = np.int32(bits_of(block[i]))
-            order = np.uint32(bits ^ ((bits >> np.int32(31)) | np.int32(-2147483648)))
-            low = order if order < low else low
-            high = order if order > high else high
-        lowest = float_of(low ^ np.uint32(0x80000000) if low >= np.uint32(0x80000000) else ~low)
-        highest = float_of(high ^ np.uint32(0x80000000) if high >= np.uint32(0x80000000) else ~high)
-        if lowest == ZERO:  # of zeros of both signs, the first is taken
-            for i in range(32):
-                if block[i] == ZERO:
-                    lowest = block[i]
-                    break
-        step = (highest - lowest + ZERO) / largest
+    pieces, found = rows.reshape(-1, LANES), codes.reshape(-1, LANES)
+    steps, grounds = np.empty(scales.size, np.float32), np.empty(scales.size, np.float32)
+    for index in range(len(steps)):
+        at = 2 * index
+        left, right = load(pieces, at), load(pieces, at + 1)
+        high = highest(largest_of(left, right))
+        low = lowest(choose(left < right, left, right))
+        if low == ZERO:  # of zeros of both signs, the first is taken
+            lane = first_of(left == ZERO)
+            if lane == LANES:
+                lane += first_of(right == ZERO)
+            low = rows.reshape(-1, 32)[index, lane]
+        step = (high - low + ZERO) / largest
+        steps[index], grounds[index] = step, low
         inverse = ONE / step if step != ZERO else ZERO
-        flat_scales[index] = half_bits(half_of(step))
-        flat_lows[index] = half_bits(half_of(lowest))
-        for i in range(32):
-            code = np.int32((block[i] - lowest) * inverse + HALF)
-            line[i] = np.uint8(min(code, np.int32(largest)))
+        for k in range(at, at + 2):
+            code = whole_below((load(pieces, k) - low) * inverse + HALF)
+            store_bytes(found, k, choose(code < largest, code, largest))
+    _store_halves(steps, scales.reshape(-1))
+    _store_halves(grounds, lows.reshape(-1))
 
 
 @_jit
 def round_whole_steps(rows, n, largest, shift, codes, scales):  # type: ignore[no-untyped-def]
-    """Q8_0 (largest 127, shift 0), and the ternary types (1 and 1). largest float32, shift int32."""
-    blocks, found = rows.reshape(-1, n), codes.reshape(-1, n)
-    flat_scales = scales.reshape(-1)
-    for index in range(blocks.shape[0]):
-        block, line = blocks[index], found[index]
-        step = _largest_magnitude(block) / largest
+    """Q8_0 (largest 127, shift 0), and the ternary types (1 and 1). largest, shift: float32."""
+    pieces, found, count = rows.reshape(-1, LANES), codes.reshape(-1, LANES), n // LANES
+    steps = np.empty(scales.size, np.float32)
+    for index in range(len(steps)):
+        at = count * index
+        step = _largest_magnitude(pieces, at, at + count) / largest
+        steps[index] = step
         inverse = ONE / step if step != ZERO else ZERO
-        flat_scales[index] = half_bits(half_of(step))
-        for i in range(n):
-            value = block[i] * inverse
-            size = abs(value)
-            down = np.floor(size)
-            whole = np.int32(down + ONE if size - down >= HALF else down)
-            line[i] = np.uint8((-whole if value < ZERO else whole) + shift)
+        for k in range(at, at + count):
+            value = load(pieces, k) * inverse
+            size = magnitude(value)
+            down = whole_below(size)
+            whole = choose(size - down >= HALF, down + ONE, down)
+            store_bytes(found, k, choose(value < ZERO, whole * -ONE, whole) + shift)
+    _store_halves(steps, scales.reshape(-1))
 
 
 @_jit
 def round_nearest_value(rows, values, codes, scales):  # type: ignore[no-untyped-def]
     """MXFP4. values [16] float32; scales [rows, in / 32] uint8, exponents."""
-    blocks, found = rows.reshape(-1, 32), codes.reshape(-1, 32)
+    pieces, found = rows.reshape(-1, LANES), codes.reshape(-1, LANES)
     flat_scales = scales.reshape(-1)
-    best = np.empty(32, np.float32)
-    index_of = np.empty(32, np.float32)
-    for index in range(blocks.shape[0]):
-        block, line = blocks[index], found[index]
-        exponent = np.int32(bits_of(_largest_magnitude(block)) >> np.uint32(23)) - np.int32(2)
+    for index in range(len(flat_scales)):
+        at = 2 * index
+        exponent = np.int32(bits_of(_largest_magnitude(pieces, at, at + 2)) >> np.uint32(23)) - np.int32(2)
         exponent = exponent if exponent > np.int32(0) else np.int32(0)
         flat_scales[index] = np.uint8(exponent)
         step = float_of(np.uint32(exponent) << np.uint32(23)) if exponent else float_of(np.uint32(0x00400000))
-        for i in range(32):
-            best[i] = np.inf
-            index_of[i] = ZERO
-        for code in range(16):
-            value = values[code] * step
-            for i in range(32):
-                error = abs(value - block[i])
-                nearer = error < best[i]
-                index_of[i] = np.float32(code) if nearer else index_of[i]
-                best[i] = error if nearer else best[i]
-        for i in range(32):
-            line[i] = np.uint8(np.int32(index_of[i]))
+        for k in range(at, at + 2):
+            x = load(pieces, k)
+            best = magnitude(values[0] * step - x)
+            code = every(ZERO)
+            for each in range(1, 16):
+                error = magnitude(values[each] * step - x)
+                nearer = error < best
+                code = choose(nearer, np.float32(each), code)
+                best = choose(nearer, error, best)
+            store_bytes(found, k, code)
