@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BLOCK_TYPES", "BlockType", "Half", "Plane", "SixBits", "Trits", "block_type"]
 
-SLAB = 1 << 16  # weights rounded and packed at a time
+SLAB = 1 << 18  # weights rounded and packed at a time
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,9 @@ class BlockType:
         import torch
 
         out, width = stored.codes.shape
-        row_bytes = self.row_bytes(width)
-        if use_kernels() and stored.codes.device.type == "cpu":
-            packed = torch.empty((out, row_bytes), dtype=torch.uint8)
-            self._place(stored, packed.numpy().reshape(-1, self.nbytes))
-            return packed
-        return self.pack_stored_reference(stored)
+        packed = torch.empty((out, self.row_bytes(width)), dtype=torch.uint8, device=stored.codes.device)
+        self._lay(stored, packed)
+        return packed
 
     def pack_stored_reference(self, stored: StoredBlocks) -> Tensor:
         """`pack_stored` in plain torch, on any device."""
@@ -144,8 +141,14 @@ class BlockType:
         for start in range(0, out, rows):
             slab = slice(start, start + rows)
             counted = importance[slab] if importance is not None and importance.ndim == 2 else importance
-            packed[slab] = self.pack_stored(round_blocks(weight[slab], self.name, counted))
+            self._lay(round_blocks(weight[slab], self.name, counted), packed[slab])
         return packed
+
+    def _lay(self, stored: StoredBlocks, packed: Tensor) -> None:
+        if use_kernels() and packed.device.type == "cpu" and packed.numel():
+            self._place(stored, packed.numpy().reshape(-1, self.nbytes))
+        else:
+            packed.copy_(self.pack_stored_reference(stored))
 
     def _place(self, stored: StoredBlocks, packed: np.ndarray) -> None:
         """`pack_stored_reference` by kernels. packed: [blocks, bytes of one]."""
@@ -160,10 +163,8 @@ class BlockType:
         for field in self.fields:
             if isinstance(field, SixBits):
                 place_six_bits(numbers["levels"], numbers["low_levels"], begin, packed)
-            elif isinstance(field, Plane) and field.of != "both" and field.bits < 8:
+            elif isinstance(field, Plane) and field.of != "both":
                 place_plane(numbers[field.of], field.bits, field.span, field.first, begin, packed)
-            elif isinstance(field, Plane) and field.of == "codes":
-                place_bytes(numbers["codes"], begin, packed)
             else:
                 place_bytes(_pack_field(field, stored, count).numpy(), begin, packed)
             begin += self.field_bytes(field)

@@ -35,6 +35,13 @@ def _store_halves(values, halves):  # type: ignore[no-untyped-def]
 
 
 @_jit
+def _first_in(left, right):  # type: ignore[no-untyped-def]
+    """The first of 32 lanes where a condition holds."""
+    lane = first_of(left)
+    return lane if lane < LANES else LANES + first_of(right)
+
+
+@_jit
 def _largest_magnitude(pieces, begin, end):  # type: ignore[no-untyped-def]
     size = magnitude(load(pieces, begin))
     for k in range(begin + 1, end):
@@ -50,11 +57,10 @@ def round_symmetric(rows, half, codes, scales):  # type: ignore[no-untyped-def]
     for index in range(len(steps)):
         at = 2 * index
         left, right = load(pieces, at), load(pieces, at + 1)
-        size = highest(largest_of(magnitude(left), magnitude(right)))
-        lane = first_of(magnitude(left) == size)
-        if lane == LANES:
-            lane += first_of(magnitude(right) == size)
-        edge = rows.reshape(-1, 32)[index, lane] + ZERO
+        high, low = highest(largest_of(left, right)), lowest(choose(left < right, left, right))
+        edge = high + ZERO if high > -low else low
+        if high == -low:  # the first of equals
+            edge = rows.reshape(-1, 32)[index, _first_in(magnitude(left) == high, magnitude(right) == high)] + ZERO
         step = edge / -half
         steps[index] = step
         inverse = ONE / step if step != ZERO else ZERO
@@ -75,10 +81,7 @@ def round_spanning(rows, largest, codes, scales, lows):  # type: ignore[no-untyp
         high = highest(largest_of(left, right))
         low = lowest(choose(left < right, left, right))
         if low == ZERO:  # of zeros of both signs, the first is taken
-            lane = first_of(left == ZERO)
-            if lane == LANES:
-                lane += first_of(right == ZERO)
-            low = rows.reshape(-1, 32)[index, lane]
+            low = rows.reshape(-1, 32)[index, _first_in(left == ZERO, right == ZERO)]
         step = (high - low + ZERO) / largest
         steps[index], grounds[index] = step, low
         inverse = ONE / step if step != ZERO else ZERO
