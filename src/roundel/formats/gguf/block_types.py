@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from roundel.errors import GridError
+from roundel.io.gguf import GGML_TYPES
 from roundel.ops import use_kernels
 from roundel.ops.blocks import StoredBlocks, as_stored, as_tensor, round_blocks
 from roundel.scheme import BLOCK_GRIDS, Grid
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-__all__ = ["BLOCK_TYPES", "BlockType", "Half", "Plane", "SixBits", "Trits", "block_type"]
+__all__ = ["BLOCK_TYPES", "BlockType", "Half", "Plane", "SixBits", "Trits"]
 
 SLAB = 1 << 18  # weights rounded and packed at a time
 
@@ -80,17 +81,21 @@ class BlockType:
     """One way to store a matrix row by row.
 
     name     as ggml spells it
-    number   ggml's number of the type, as files name it
-    weights  in a block
-    nbytes   of a block
     fields   of a block, in order
     """
 
     name: str
-    number: int
-    weights: int
-    nbytes: int
     fields: tuple[Field, ...]
+
+    @property
+    def weights(self) -> int:
+        """In a block."""
+        return GGML_TYPES[self.name].weights
+
+    @property
+    def nbytes(self) -> int:
+        """Of a block."""
+        return GGML_TYPES[self.name].nbytes
 
     @property
     def grid(self) -> Grid:
@@ -305,31 +310,24 @@ _PAIRS = Plane("codes", 2, 128)
 _FIFTH_OF_32 = Plane("codes", 1, 8, first=4)
 
 BLOCK_TYPES: dict[str, BlockType] = {
-    name: BlockType(name=name, number=number, weights=weights, nbytes=nbytes, fields=fields)
-    for name, number, weights, nbytes, fields in (
-        ("Q4_0", 2, 32, 18, (_D, _NIBBLES)),
-        ("Q4_1", 3, 32, 20, (_D, _LOW, _NIBBLES)),
-        ("Q5_0", 6, 32, 22, (_D, _FIFTH_OF_32, _NIBBLES)),
-        ("Q5_1", 7, 32, 24, (_D, _LOW, _FIFTH_OF_32, _NIBBLES)),
-        ("Q8_0", 8, 32, 34, (_D, Plane("codes", 8, 32))),
-        ("Q2_K", 10, 256, 84, (Plane("both", 4, 32), _PAIRS, _D, _LOW)),
-        ("Q3_K", 11, 256, 110, (
+    name: BlockType(name=name, fields=fields)
+    for name, fields in (
+        ("Q4_0", (_D, _NIBBLES)),
+        ("Q4_1", (_D, _LOW, _NIBBLES)),
+        ("Q5_0", (_D, _FIFTH_OF_32, _NIBBLES)),
+        ("Q5_1", (_D, _LOW, _FIFTH_OF_32, _NIBBLES)),
+        ("Q8_0", (_D, Plane("codes", 8, 32))),
+        ("Q2_K", (Plane("both", 4, 32), _PAIRS, _D, _LOW)),
+        ("Q3_K", (
             Plane("codes", 1, 256, first=2), _PAIRS, Plane("levels", 4, 16), Plane("levels", 2, 16, first=4), _D,
         )),
-        ("Q4_K", 12, 256, 144, (_D, _LOW, SixBits(), _WIDE_NIBBLES)),
-        ("Q5_K", 13, 256, 176, (_D, _LOW, SixBits(), Plane("codes", 1, 256, first=4), _WIDE_NIBBLES)),
-        ("Q6_K", 14, 256, 210, (
-            Plane("codes", 4, 128), Plane("codes", 2, 128, first=4), Plane("levels", 8, 16), _D,
-        )),
-        ("IQ4_NL", 20, 32, 18, (_D, _NIBBLES)),
-        ("IQ4_XS", 23, 256, 136, (_D, Plane("levels", 2, 4, first=4), Plane("levels", 4, 2), _NIBBLES)),
-        ("TQ1_0", 34, 256, 54, (Trits(((5, 32), (5, 16), (4, 4))), _D)),
-        ("TQ2_0", 35, 256, 66, (_PAIRS, _D)),
-        ("MXFP4", 39, 32, 17, (_D, _NIBBLES)),
+        ("Q4_K", (_D, _LOW, SixBits(), _WIDE_NIBBLES)),
+        ("Q5_K", (_D, _LOW, SixBits(), Plane("codes", 1, 256, first=4), _WIDE_NIBBLES)),
+        ("Q6_K", (Plane("codes", 4, 128), Plane("codes", 2, 128, first=4), Plane("levels", 8, 16), _D)),
+        ("IQ4_NL", (_D, _NIBBLES)),
+        ("IQ4_XS", (_D, Plane("levels", 2, 4, first=4), Plane("levels", 4, 2), _NIBBLES)),
+        ("TQ1_0", (Trits(((5, 32), (5, 16), (4, 4))), _D)),
+        ("TQ2_0", (_PAIRS, _D)),
+        ("MXFP4", (_D, _NIBBLES)),
     )
 }  # fmt: skip
-
-
-def block_type(number: int) -> BlockType | None:
-    """The block type that files call by a number; None for floats, and for types that are not read."""
-    return next((each for each in BLOCK_TYPES.values() if each.number == number), None)
