@@ -16,7 +16,7 @@ from typing import Literal
 
 from roundel.errors import RecipeError, nearest
 
-__all__ = ["ELEMENTS", "MIXES", "PRESETS", "Element", "Grid", "Mix", "Scheme", "describe_block"]
+__all__ = ["BLOCK_GRIDS", "ELEMENTS", "MIXES", "PRESETS", "Element", "Grid", "Mix", "Scheme", "describe_block"]
 
 INTEGER_BITS = range(2, 9)
 NF4_VALUES = (
@@ -38,6 +38,8 @@ NF4_VALUES = (
     1.0,
 )
 E0M3_VALUES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, -0.0, -0.25, -0.5, -0.75, -1.0, -1.25, -1.5, -1.75)
+IQ4NL_VALUES = tuple(map(float, (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)))
+TERNARY_VALUES = (-1.0, 0.0, 1.0, 2.0)  # the last has a code in two bits and is never written
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
@@ -45,7 +47,8 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -
 class Element:
     """What one code means.
 
-    name     "int4" (signed), "uint4" (with a zero point), "e2m1", "e4m3", "e8m0", "nf4", "e0m3" (quarters with a sign)
+    name     "int4" (signed), "uint4" (with a zero point), "e2m1", "e4m3", "e8m0", "e0m3" (quarters with a sign), "nf4",
+             "iq4nl", "ternary"
     bits     stored bits per code
     lo, hi   smallest and largest code of an integer; smallest and largest value of a float
     values   the value of code 0, 1, 2 ... where codes are indices into a table; else None and a code is its own value
@@ -69,6 +72,8 @@ def _elements() -> dict[str, Element]:
         Element(name="e0m3", bits=4, lo=-1.75, hi=1.75, values=E0M3_VALUES),
         Element(name="e2m1", bits=4, lo=-6.0, hi=6.0, values=E2M1_VALUES),
         Element(name="nf4", bits=4, lo=-1.0, hi=1.0, values=NF4_VALUES),
+        Element(name="iq4nl", bits=4, lo=-127.0, hi=113.0, values=IQ4NL_VALUES),
+        Element(name="ternary", bits=2, lo=-1.0, hi=1.0, values=TERNARY_VALUES),
         Element(name="e4m3", bits=8, lo=-448.0, hi=448.0),
         Element(name="e8m0", bits=8, lo=2.0**-127, hi=2.0**127),
     ]
@@ -85,8 +90,10 @@ class Grid:
     element     what a code means
     block       (rows, columns) sharing one scale; 0 means the whole axis: (1, 128) group, (1, 0) channel,
                 (0, 0) tensor, (128, 128) block. A last block may be cut short by the matrix.
-    symmetric   True: no zero point, codes are signed or floats; False: unsigned codes and a zero point per block
+    symmetric   True: no zero point, a code times the scale is the weight; False: unsigned codes and a zero point, or
+                an offset, per block
     scale       dtype of the stored scale ("F16", "BF16", "F32", "E8M0"), or a Grid where scales are quantized too
+    offset      the same of what is added after scaling; None where nothing is
     exponent    how a power-of-two scale is found: "floor" of log2(max) (OCP MX specification 1.0, section 6.3) or
                 "rceil", the ceiling of log2(max / largest element)
     lowest_zero the smallest zero point a format can store: 1 where readers cannot represent 0 (GPTQ v1)
@@ -96,6 +103,7 @@ class Grid:
     block: tuple[int, int]
     symmetric: bool = True
     scale: str | Grid = "F16"
+    offset: str | Grid | None = None
     exponent: Literal["floor", "rceil"] = "floor"
     lowest_zero: int = 0
 
@@ -121,12 +129,18 @@ class Grid:
         """Stored bits per weight, scales and zero points included."""
         blocks = self.blocks(shape)
         count = blocks[0] * blocks[1]
-        if isinstance(self.scale, Grid):
-            scale_bits = self.scale.bits_per_weight(blocks) * count
-        else:
-            scale_bits = count * {"E8M0": 8, "F8_E4M3": 8, "F16": 16, "BF16": 16, "F32": 32}[self.scale]
-        zero_bits = 0 if self.symmetric else count * self.element.bits
-        return self.element.bits + (scale_bits + zero_bits) / max(1, shape[0] * shape[1])
+        extra = 0.0 if self.symmetric else count * self.element.bits
+        if self.offset is not None:
+            extra = _stored_bits(self.offset, blocks)
+        return self.element.bits + (_stored_bits(self.scale, blocks) + extra) / max(1, shape[0] * shape[1])
+
+
+def _stored_bits(kind: str | Grid, blocks: tuple[int, int]) -> float:
+    """What one value for each block takes, in all."""
+    count = blocks[0] * blocks[1]
+    if isinstance(kind, Grid):
+        return kind.bits_per_weight(blocks) * count
+    return float(count * {"E8M0": 8, "F8_E4M3": 8, "F16": 16, "BF16": 16, "F32": 32}[kind])
 
 
 def describe_block(block: tuple[int, int]) -> str:
@@ -295,6 +309,38 @@ PRESETS: dict[str, Scheme] = {
         _fp8("FP8", (0, 0), (0, 0), dynamic=False),
         _fp8("FPW8A16", (0, 0)),
     )
+}
+
+
+def _super_grid(element: str, columns: int, level: str, minimum: bool = False) -> Grid:
+    """Blocks whose scales (and minima) are whole numbers, 256 weights sharing one float16 for them."""
+    levels = Grid(element=ELEMENTS[level], block=(1, 256 // columns))
+    return Grid(
+        element=ELEMENTS[element],
+        block=(1, columns),
+        symmetric=not minimum,
+        scale=levels,
+        offset=levels if minimum else None,
+    )
+
+
+# The block types of ggml, by its names. An offset is the minimum, negative.
+BLOCK_GRIDS: dict[str, Grid] = {
+    "Q4_0": Grid(element=ELEMENTS["int4"], block=(1, 32)),
+    "Q4_1": Grid(element=ELEMENTS["uint4"], block=(1, 32), symmetric=False, offset="F16"),
+    "Q5_0": Grid(element=ELEMENTS["int5"], block=(1, 32)),
+    "Q5_1": Grid(element=ELEMENTS["uint5"], block=(1, 32), symmetric=False, offset="F16"),
+    "Q8_0": Grid(element=ELEMENTS["int8"], block=(1, 32)),
+    "Q2_K": _super_grid("uint2", 16, "uint4", minimum=True),
+    "Q3_K": _super_grid("int3", 16, "int6"),
+    "Q4_K": _super_grid("uint4", 32, "uint6", minimum=True),
+    "Q5_K": _super_grid("uint5", 32, "uint6", minimum=True),
+    "Q6_K": _super_grid("int6", 16, "int8"),
+    "IQ4_NL": Grid(element=ELEMENTS["iq4nl"], block=(1, 32)),
+    "IQ4_XS": _super_grid("iq4nl", 32, "int6"),
+    "MXFP4": PRESETS["MXFP4"].weight,
+    "TQ1_0": Grid(element=ELEMENTS["ternary"], block=(1, 256)),
+    "TQ2_0": Grid(element=ELEMENTS["ternary"], block=(1, 256)),
 }
 MIXES: dict[str, Mix] = {m.name: m for m in (Mix("W4A16_MIXED", experts="W4A16", others="W8A16"),)}
 

@@ -134,15 +134,17 @@ def _broken(file_name: str, why: str) -> SourceError:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """One output file before it exists: its name, its header's bytes, and the place of every tensor."""
+    """One output file before it exists: its name, its header's bytes, the place of every tensor, and how many zeros
+    follow the last."""
 
     name: str
     header: bytes
     places: Mapping[str, Place]
+    tail: int = 0
 
     @property
     def nbytes(self) -> int:
-        return max((p.end for p in self.places.values()), default=len(self.header))
+        return max((p.end for p in self.places.values()), default=len(self.header)) + self.tail
 
 
 def lay_out(specs: Sequence[TensorSpec], shard_bytes: int, stem: str = "model") -> tuple[ShardLayout, ...]:
