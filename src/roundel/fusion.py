@@ -17,6 +17,7 @@ import numpy as np
 from roundel.algorithms import Algorithm, Rtn
 from roundel.errors import NumericsError
 from roundel.formats import Format, WordLayout
+from roundel.formats.mxfp import mx_outputs
 from roundel.ops import use_kernels
 from roundel.ops.orders import AWQ_ORDER
 from roundel.tensor import ITEMSIZE
@@ -70,11 +71,12 @@ def fuses(layer: Layer, formats: Sequence[Format], algorithm: Algorithm, device:
         return False
     if len(formats) != 1 or not isinstance(algorithm, Rtn) or device != "cpu" or not use_kernels():
         return False
-    if layer.dtype not in ("BF16", "F16", "F32"):
+    if layer.dtype not in ("BF16", "F16", "F32") or layer.scheme.weight.rule != "range":
         return False
     layout = formats[0].words(layer)
     if layout is None:
-        return layer.scheme.weight.is_mx and layer.scheme.weight.exponent == "floor"
+        grid = layer.scheme.weight
+        return grid.is_mx and grid.exponent == "floor" and formats[0].outputs(layer) == mx_outputs(layer)
     return layout.order == "awq" or layer.shape[1] % 32 == 0
 
 

@@ -97,6 +97,7 @@ class Grid:
     exponent    how a power-of-two scale is found: "floor" of log2(max) (OCP MX specification 1.0, section 6.3) or
                 "rceil", the ceiling of log2(max / largest element)
     lowest_zero the smallest zero point a format can store: 1 where readers cannot represent 0 (GPTQ v1)
+    rule        whose plain rounding it is: "range" fits scales to each block's range, "ggml" is that of ggml's types
     """
 
     element: Element
@@ -106,15 +107,21 @@ class Grid:
     offset: str | Grid | None = None
     exponent: Literal["floor", "rceil"] = "floor"
     lowest_zero: int = 0
+    rule: Literal["range", "ggml"] = "range"
+
+    @property
+    def is_plain_integer(self) -> bool:
+        """Whether it is integers under one float16 scale a block, with a zero point or without."""
+        return self.element.is_integer and self.scale == "F16" and self.offset is None
 
     @property
     def is_mx(self) -> bool:
         """Whether it is one of the MX floats, e2m1 or e4m3 under powers of two."""
-        return self.scale == "E8M0" and self.element.name in ("e2m1", "e4m3")
+        return self.scale == "E8M0" and self.element.name in ("e2m1", "e4m3") and self.rule == "range"
 
     def equals(self, other: Grid) -> bool:
-        """Whether codes on the one are codes on the other, a limit on zero points left aside."""
-        return replace(self, lowest_zero=0) == replace(other, lowest_zero=0)
+        """Whether codes on the one are codes on the other, limits on zero points and rules of rounding left aside."""
+        return replace(self, lowest_zero=0, rule="range") == replace(other, lowest_zero=0, rule="range")
 
     def blocks(self, shape: tuple[int, int]) -> tuple[int, int]:
         """How many blocks a matrix of this shape has along [out, in]."""
@@ -182,7 +189,7 @@ class Scheme:
 
     @property
     def is_integer(self) -> bool:
-        return self.weight.element.is_integer
+        return self.weight.is_plain_integer and self.weight.rule == "range"
 
     @property
     def stores_input_scale(self) -> bool:
@@ -321,27 +328,36 @@ def _super_grid(element: str, columns: int, level: str, minimum: bool = False) -
         symmetric=not minimum,
         scale=levels,
         offset=levels if minimum else None,
+        rule="ggml",
     )
+
+
+def _block_grid(element: str, columns: int = 32, minimum: bool = False) -> Grid:
+    """Blocks with a float16 scale, and a float16 minimum or none."""
+    offset = "F16" if minimum else None
+    return Grid(element=ELEMENTS[element], block=(1, columns), symmetric=not minimum, offset=offset, rule="ggml")
 
 
 # The block types of ggml, by its names. An offset is the minimum, negative.
 BLOCK_GRIDS: dict[str, Grid] = {
-    "Q4_0": Grid(element=ELEMENTS["int4"], block=(1, 32)),
-    "Q4_1": Grid(element=ELEMENTS["uint4"], block=(1, 32), symmetric=False, offset="F16"),
-    "Q5_0": Grid(element=ELEMENTS["int5"], block=(1, 32)),
-    "Q5_1": Grid(element=ELEMENTS["uint5"], block=(1, 32), symmetric=False, offset="F16"),
-    "Q8_0": Grid(element=ELEMENTS["int8"], block=(1, 32)),
+    "Q4_0": _block_grid("int4"),
+    "Q4_1": _block_grid("uint4", minimum=True),
+    "Q5_0": _block_grid("int5"),
+    "Q5_1": _block_grid("uint5", minimum=True),
+    "Q8_0": _block_grid("int8"),
     "Q2_K": _super_grid("uint2", 16, "uint4", minimum=True),
     "Q3_K": _super_grid("int3", 16, "int6"),
     "Q4_K": _super_grid("uint4", 32, "uint6", minimum=True),
     "Q5_K": _super_grid("uint5", 32, "uint6", minimum=True),
     "Q6_K": _super_grid("int6", 16, "int8"),
-    "IQ4_NL": Grid(element=ELEMENTS["iq4nl"], block=(1, 32)),
+    "IQ4_NL": _block_grid("iq4nl"),
     "IQ4_XS": _super_grid("iq4nl", 32, "int6"),
-    "MXFP4": PRESETS["MXFP4"].weight,
-    "TQ1_0": Grid(element=ELEMENTS["ternary"], block=(1, 256)),
-    "TQ2_0": Grid(element=ELEMENTS["ternary"], block=(1, 256)),
+    "MXFP4": replace(PRESETS["MXFP4"].weight, rule="ggml"),
+    "TQ1_0": _block_grid("ternary", 256),
+    "TQ2_0": _block_grid("ternary", 256),
 }
+PRESETS |= {f"GGUF:{name}": Scheme(name=f"GGUF:{name}", weight=grid) for name, grid in BLOCK_GRIDS.items()}
+BLOCK_NAMES = {grid: name for name, grid in reversed(BLOCK_GRIDS.items())}  # the first of those that round alike
 MIXES: dict[str, Mix] = {m.name: m for m in (Mix("W4A16_MIXED", experts="W4A16", others="W8A16"),)}
 
 _INTEGER_NAME = re.compile(r"W(?P<bits>\d+)A16(?:_?G(?P<group>-?\d+))?(?P<asym>_ASYM|_SYM)?")

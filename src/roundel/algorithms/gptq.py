@@ -135,7 +135,7 @@ class Gptq(Algorithm):
 
     def refuse(self, layer: Layer) -> str | None:
         grid = layer.scheme.weight
-        if grid.block[0] != 1 or not (grid.element.is_integer or grid.is_mx):
+        if grid.block[0] != 1 or not (grid.is_plain_integer or grid.is_mx):
             return f"gptq rounds to integers and MX floats, not to {layer.scheme.name}"
         if self.permutes and not grid.element.is_integer:
             return f"{layer.scheme.name} has no room for a group index: act_order takes static_groups with it"

@@ -47,12 +47,12 @@ class OptRtn(Algorithm):
 
     def refuse(self, layer: Layer) -> str | None:
         grid = layer.scheme.weight
-        if grid.element.is_integer:
-            known = grid.scale == "F16"
+        if grid.is_plain_integer or grid.rule == "ggml":
+            known = True
         else:
             known = grid.is_mx or (grid.element.name == "e2m1" and isinstance(grid.scale, Grid))
         if grid.block[0] != 1 or not known:
-            return f"opt-rtn rounds to integers, MX floats and NVFP4, not to {layer.scheme.name}"
+            return f"opt-rtn rounds to integers, MX floats, NVFP4 and ggml's types, not to {layer.scheme.name}"
         return None
 
     def quantize(self, unit: Unit) -> dict[str, Rounded]:

@@ -26,13 +26,17 @@ class Rtn(Algorithm):
 
     def refuse(self, layer: Layer) -> str | None:
         grid = layer.scheme.weight
-        if grid.element.is_integer:
-            known = grid.block[0] == 1 and grid.scale == "F16"
+        if grid.is_plain_integer or grid.rule == "ggml":
+            known = grid.block[0] == 1
         elif grid.scale == "E8M0" or isinstance(grid.scale, Grid):
             known = grid.block[0] == 1 and grid.element.name in ("e0m3", "e2m1", "e4m3")
         else:
             known = grid.element.name == "e4m3"
-        return None if known else f"rtn rounds to integers, MX floats, NVFP4 and FP8, not to {layer.scheme.name}"
+        return (
+            None
+            if known
+            else f"rtn rounds to integers, MX floats, NVFP4, FP8 and ggml's types, not to {layer.scheme.name}"
+        )
 
     def quantize(self, unit: Unit) -> dict[str, Rounded]:
         from roundel.ops.encode import encode

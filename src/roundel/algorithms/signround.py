@@ -106,7 +106,7 @@ class SignRound(Algorithm):
 
     def refuse(self, layer: Layer) -> str | None:
         grid = layer.scheme.weight
-        if grid.block[0] != 1 or not (grid.element.is_integer or grid.is_mx):
+        if grid.block[0] != 1 or not (grid.is_plain_integer or grid.is_mx):
             return f"signround learns integers and MX floats, not {layer.scheme.name}"
         return None
 

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from roundel.ops.fit import blocked, fit_asymmetric, fit_largest, fit_power_of_two, fit_symmetric, grouped
 from roundel.ops.minifloat import decode_e8m0, round_e0m3, round_e2m1, round_e4m3
-from roundel.scheme import Grid
+from roundel.scheme import BLOCK_NAMES, Grid
 from roundel.tensor import QuantizedTensor, plain
 
-__all__ = ["encode", "encode_reference", "encode_scaled"]
+__all__ = ["encode", "encode_blocks", "encode_reference", "encode_scaled"]
 
 ROUND = {"e0m3": round_e0m3, "e2m1": round_e2m1, "e4m3": round_e4m3}
 
@@ -20,9 +20,12 @@ def encode(weight: Tensor, grid: Grid) -> QuantizedTensor:
 
     weight   [out, in], any float dtype, finite; rounded as float32
     grid     integers; e2m1, e4m3 or e0m3 with power-of-two scales; e2m1 with e4m3 scales and one float for the matrix
-             (NVFP4); e4m3 with float scales (FP8). Blocks are (1, n) or (1, 0), of FP8 any
+             (NVFP4); e4m3 with float scales (FP8); ggml's block types. Blocks are (1, n) or (1, 0), of FP8 any
     """
     from roundel.ops import use_kernels
+
+    if grid.rule == "ggml":
+        return encode_blocks(weight, grid)
 
     if use_kernels() and weight.device.type == "cpu" and weight.dtype != torch.float64:
         from roundel.ops.numba.tensors import encode_tensor
@@ -31,6 +34,14 @@ def encode(weight: Tensor, grid: Grid) -> QuantizedTensor:
         if found is not None:
             return found
     return encode_reference(weight, grid)
+
+
+def encode_blocks(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> QuantizedTensor:
+    """`encode` to one of ggml's block types, as ggml rounds with and without importances [in] (`ops.blocks`)."""
+    from roundel.ops.blocks import as_tensor, round_blocks
+
+    name = BLOCK_NAMES[grid]
+    return as_tensor(round_blocks(weight, name, importance), name)
 
 
 def encode_reference(weight: Tensor, grid: Grid) -> QuantizedTensor:

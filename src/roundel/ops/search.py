@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from roundel.ops.decode import decode
-from roundel.ops.encode import encode_reference, encode_scaled
+from roundel.ops.encode import encode, encode_blocks, encode_reference, encode_scaled
 from roundel.ops.fit import SMALLEST_SCALE, grouped
 from roundel.scheme import Grid
 from roundel.tensor import QuantizedTensor, plain
@@ -111,11 +111,21 @@ def search(weight: Tensor, grid: Grid, importance: Tensor | None = None, threads
     from roundel.ops import use_kernels
 
     weight = weight.detach()
+    if grid.rule == "ggml":
+        return _blocks(weight, grid, importance)
     if use_kernels() and weight.device.type == "cpu" and weight.numel():
         from roundel.ops.numba.search import search_tensor
 
         return search_tensor(weight, grid, importance, threads)
     return search_reference(weight, grid, importance)
+
+
+def _blocks(weight: Tensor, grid: Grid, importance: Tensor | None) -> Searched:
+    """ggml's block types: its own search, which knows importances; or plain rounding, where that errs less."""
+    plainly = encode(weight, grid)
+    found = plainly if importance is None else encode_blocks(weight, grid, importance)
+    error, baseline = (squared_error(weight, each, importance) for each in (found, plainly))
+    return Searched(tensor=found if error <= baseline else plainly, error=min(error, baseline), baseline=baseline)
 
 
 def search_reference(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Searched:

@@ -19,7 +19,7 @@ _KINDS = {torch.bfloat16: BF16, torch.float16: F16, torch.float32: F32}
 
 def encode_tensor(weight: Tensor, grid: Grid) -> QuantizedTensor | None:
     """`ops.encode` by kernel; None where no kernel fits (another grid, or weights that are not finite)."""
-    if grid.block[0] != 1 or weight.numel() == 0 or not (grid.element.is_integer or grid.is_mx):
+    if grid.block[0] != 1 or weight.numel() == 0 or not (grid.is_plain_integer or grid.is_mx):
         return None
     if weight.dtype not in _KINDS:
         return None
