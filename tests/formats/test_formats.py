@@ -133,7 +133,7 @@ def test_fusion_is_the_composition(
             Rtn().quantize(Unit(name=layer.name, layers=(layer,), weights={layer.tensor: weight}))[layer.name].tensor
         )
         for name, tensor in format.pack(layer, quantized).items():
-            assert parts[name].tobytes() == tensor.contiguous().view(torch.uint8).numpy().tobytes(), name
+            assert parts[name].tobytes() == tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes(), name
         noise = (weight.float() - quantized.decode()).double().square().sum().item()
         assert errors.noise == pytest.approx(noise, rel=1e-4)
 
