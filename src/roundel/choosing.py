@@ -99,6 +99,8 @@ def _refusal(reason: str, layers: Sequence[Layer]) -> str:
     first, more = layers[0], len(layers) - 1
     others = f" (and {more} more)" if more else ""
     storing = [f.name for f in FORMATS.values() if f.writes and all(f.refuse(layer) is None for layer in layers)]
+    if any(unmeasured(layer) for layer in layers):
+        storing = []  # no format can help
     remedy = f"Use format {' or '.join(storing)}, " if storing else "Choose another scheme, "
     return (
         f"{first.name} {list(first.shape)}{others}: {reason}. {remedy}or change these layers with --layer-config or "

@@ -400,11 +400,8 @@ def reference(case: Case, result: Result) -> Tensor:
 
 def decoded(case: Case, checkpoint: Checkpoint, name: str) -> Tensor:
     """The weights of a layer as the consumer computes them before it casts them to the model's dtype."""
-    layer = checkpoint.layers[name]
-    if case.format == "fp8":
-        return checkpoint.unpack(layer).decode()  # in the dtype of the scales, float32
-    weight = checkpoint.decode(name)
-    in_half = case.format == "llm_compressor" and case.loader == "dequantize" and layer.scheme.weight.scale == "F16"
+    weight, scheme = checkpoint.decode(name), checkpoint.layers[name].scheme
+    in_half = case.format == "llm_compressor" and case.loader == "dequantize" and scheme.weight.scale == "F16"
     return weight.half() if in_half else weight
 
 

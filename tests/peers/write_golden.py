@@ -3,8 +3,8 @@
 
 Usage: python write_golden.py OUT
 
-For each scheme OUT holds NAME.safetensors, the tensors of two layers, and in its metadata `config`, the
-quantization_config; NAME.decoded.safetensors holds the same layers as the tool's own decode has them, in float32.
+For each scheme OUT holds NAME.safetensors, the tensors of a layer, and in its metadata `config`, the
+quantization_config; NAME.decoded.safetensors holds what the tool itself decodes it to, in bfloat16.
 """
 
 import json
@@ -26,7 +26,7 @@ SCHEMES = (
     "W2A16", "W3A16", "W4A16", "W4A16_ASYM", "W8A16", "W8A8", "W4AFP8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4A16",
     "NVFP4", "MXFP4A16", "MXFP8A16",
 )  # fmt: skip
-LAYERS = ("model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj")  # [8, 128]
+LAYERS = ("model.layers.0.self_attn.k_proj",)  # [32, 128]
 CALIBRATED = ("FP8", "NVFP4")
 
 
@@ -34,7 +34,7 @@ def write_model(folder: Path) -> None:
     torch.manual_seed(7)
     config = LlamaConfig(
         hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=1,
-        head_dim=8, vocab_size=VOCAB, dtype="bfloat16",
+        head_dim=32, vocab_size=VOCAB, dtype="bfloat16",
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     write_tokenizer(folder)
@@ -56,7 +56,7 @@ def write(name: str, source: Path, out: Path) -> None:
     decoded = {}
     for layer in LAYERS:
         parts = {key.removeprefix(f"{layer}."): value for key, value in kept.items() if key.startswith(f"{layer}.")}
-        decoded[layer] = compressor.decompress(parts, scheme)["weight"].float().contiguous()
+        decoded[layer] = compressor.decompress(parts, scheme)["weight"].bfloat16().contiguous()
     save_file(kept, out / f"{name}.safetensors", metadata={"config": json.dumps(config)})
     save_file(decoded, out / f"{name}.decoded.safetensors")
 
