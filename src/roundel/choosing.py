@@ -99,8 +99,9 @@ def _refusal(reason: str, layers: Sequence[Layer]) -> str:
     first, more = layers[0], len(layers) - 1
     others = f" (and {more} more)" if more else ""
     storing = [f.name for f in FORMATS.values() if f.writes and all(f.refuse(layer) is None for layer in layers)]
+    storing = [name for name in storing if name != "fake"]  # no remedy for who wants a smaller model
     if any(unmeasured(layer) for layer in layers):
-        storing = []  # no format can help
+        storing = []
     remedy = f"Use format {' or '.join(storing)}, " if storing else "Choose another scheme, "
     return (
         f"{first.name} {list(first.shape)}{others}: {reason}. {remedy}or change these layers with --layer-config or "

@@ -36,7 +36,7 @@ from roundel.data.bundled import bundled_model
 from roundel.evaluation.models import decoded_model
 from roundel.ops.encode import encode
 from roundel.ops.minifloat import decode_e8m0, round_e2m1, round_e4m3
-from roundel.scheme import Grid
+from roundel.scheme import PRESETS, Grid
 
 HERE = Path(__file__).parent
 PEERS = Path(os.environ.get("ROUNDEL_PEERS", HERE.parents[1] / ".peers"))
@@ -424,7 +424,8 @@ class RoundedInputs(TorchFunctionMode):
 
 
 def rounded(inputs: Tensor, grid: Grid) -> Tensor:
-    return encode(inputs, grid).decode()
+    """As the scheme says, but for MXINT4: auto-round forgets to tell its rounding so, which then takes MXFP4."""
+    return encode(inputs, PRESETS["MXFP4"].weight if grid == PRESETS["MXINT4"].weight else grid).decode()
 
 
 def rounded_by_compressed_tensors(inputs: Tensor, grid: Grid) -> Tensor:
