@@ -115,6 +115,13 @@ class Grid:
         return self.element.is_integer and self.scale == "F16" and self.offset is None
 
     @property
+    def row_columns(self) -> int:
+        """Of what a row's length has to be a multiple, where blocks cannot be cut short: ggml's types; else 1."""
+        if self.rule != "ggml":
+            return 1
+        return self.block[1] * (self.scale.block[1] if isinstance(self.scale, Grid) else 1)
+
+    @property
     def is_mx(self) -> bool:
         """Whether it is one of the MX floats, e2m1 or e4m3 under powers of two."""
         return self.scale == "E8M0" and self.element.name in ("e2m1", "e4m3") and self.rule == "range"

@@ -108,7 +108,7 @@ UNFIT = [
         ["layer_config 'embed' matches only matrices that are kept, such as model.embed_tokens"],
     ),
     (
-        "--bits 3 --format auto_awq,llm_compressor",
+        "--bits 3 --format auto_awq,llm_compressor",  # the model's layers have 64 and 128 inputs
         [
             "2 problems:",
             "model.layers.0.mlp.down_proj [64, 128] (and 13 more): auto_awq stores 4-bit only, W3A16 asks for 3. "

@@ -133,7 +133,7 @@ def test_fusion_is_the_composition(
             Rtn().quantize(Unit(name=layer.name, layers=(layer,), weights={layer.tensor: weight}))[layer.name].tensor
         )
         for name, tensor in format.pack(layer, quantized).items():
-            assert parts[name].tobytes() == tensor.contiguous().view(torch.uint8).numpy().tobytes(), name
+            assert parts[name].tobytes() == tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes(), name
         noise = (weight.float() - quantized.decode()).double().square().sum().item()
         assert errors.noise == pytest.approx(noise, rel=1e-4)
 
@@ -185,8 +185,9 @@ def test_a_divisor_comes_back_as_the_factor_it_was() -> None:
 
 def test_fake_stores_what_the_codes_mean() -> None:
     for scheme in SCHEMES.values():
-        layer = layer_of(scheme, (200, 144))
-        quantized = rounded(layer, torch.randn(200, 144))
+        width = 144 if scheme.weight.rule == "range" else 256
+        layer = layer_of(scheme, (200, width))
+        quantized = rounded(layer, torch.randn(200, width))
         parts = FORMATS["fake"].pack(layer, quantized)
         assert [s.name for s in FORMATS["fake"].outputs(layer)] == list(parts)
         assert torch.equal(parts["weight"], quantized.decode().bfloat16())

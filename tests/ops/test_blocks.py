@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 
 from ops.block_cases import MATRICES, importance_of, matrix
+from roundel.algorithms import Rtn
+from roundel.algorithms.opt_rtn import OptRtn
+from roundel.errors import GridError
 from roundel.ops.blocks import StoredBlocks, as_tensor, round_blocks, round_blocks_reference
-from roundel.scheme import BLOCK_GRIDS
+from roundel.ops.encode import encode
+from roundel.ops.search import search, squared_error
+from roundel.scheme import BLOCK_GRIDS, PRESETS
+from roundel.unit import Layer, Stored
 
 SHAPES = ((7, 256), (3, 1280))  # an odd number of super-blocks, and blocks that do not fill sixteen lanes
 PARTS = ("codes", "scale", "low", "levels", "low_levels")
@@ -72,3 +78,22 @@ def test_more_bits_err_less() -> None:
         known = importance_of(1024)
         plainly = (weight - as_tensor(round_blocks(weight, name), name).decode()).square() * known
         assert error(name, known) < float(plainly.mean() ** 0.5), name
+
+
+@pytest.mark.parametrize("name", BLOCK_GRIDS)
+def test_rows_of_broken_blocks_are_refused(name: str) -> None:
+    """Kernels believe what they are told of sizes."""
+    with pytest.raises(GridError, match="whole blocks"):
+        round_blocks(torch.randn(4, BLOCK_GRIDS[name].row_columns + 16), name)
+    layer = Layer(name="a", shape=(4, 80), dtype="BF16", scheme=PRESETS[f"GGUF:{name}"], stored=Stored())
+    assert "whole blocks of" in str(Rtn().refuse(layer)) and "whole blocks of" in str(OptRtn().refuse(layer))
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q6_K", "IQ4_XS"])
+def test_encode_and_search_give_ggmls_rounding(name: str) -> None:
+    weight, grid = torch.randn(6, 512, generator=torch.Generator().manual_seed(0)) * 0.02, BLOCK_GRIDS[name]
+    importance = torch.rand(512, generator=torch.Generator().manual_seed(1)) ** 4
+    assert torch.equal(encode(weight, grid).decode(), as_tensor(round_blocks(weight, name), name).decode())
+    found = search(weight, grid, importance)
+    weighted = as_tensor(round_blocks(weight, name, importance), name)
+    assert found.error == pytest.approx(squared_error(weight, weighted, importance)) and found.error < found.baseline

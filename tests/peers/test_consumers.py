@@ -36,7 +36,7 @@ from roundel.data.bundled import bundled_model
 from roundel.evaluation.models import decoded_model
 from roundel.ops.encode import encode
 from roundel.ops.minifloat import decode_e8m0, round_e2m1, round_e4m3
-from roundel.scheme import Grid
+from roundel.scheme import PRESETS, Grid
 
 HERE = Path(__file__).parent
 PEERS = Path(os.environ.get("ROUNDEL_PEERS", HERE.parents[1] / ".peers"))
@@ -400,11 +400,8 @@ def reference(case: Case, result: Result) -> Tensor:
 
 def decoded(case: Case, checkpoint: Checkpoint, name: str) -> Tensor:
     """The weights of a layer as the consumer computes them before it casts them to the model's dtype."""
-    layer = checkpoint.layers[name]
-    if case.format == "fp8":
-        return checkpoint.unpack(layer).decode()  # in the dtype of the scales, float32
-    weight = checkpoint.decode(name)
-    in_half = case.format == "llm_compressor" and case.loader == "dequantize" and layer.scheme.weight.scale == "F16"
+    weight, scheme = checkpoint.decode(name), checkpoint.layers[name].scheme
+    in_half = case.format == "llm_compressor" and case.loader == "dequantize" and scheme.weight.scale == "F16"
     return weight.half() if in_half else weight
 
 
@@ -427,7 +424,8 @@ class RoundedInputs(TorchFunctionMode):
 
 
 def rounded(inputs: Tensor, grid: Grid) -> Tensor:
-    return encode(inputs, grid).decode()
+    """As the scheme says, but for MXINT4: auto-round forgets to tell its rounding so, which then takes MXFP4."""
+    return encode(inputs, PRESETS["MXFP4"].weight if grid == PRESETS["MXINT4"].weight else grid).decode()
 
 
 def rounded_by_compressed_tensors(inputs: Tensor, grid: Grid) -> Tensor:

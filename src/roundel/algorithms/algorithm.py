@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 from roundel.tensor import QuantizedTensor
 from roundel.unit import Layer, Unit
 
-__all__ = ["Algorithm", "Rounded"]
+__all__ = ["Algorithm", "Rounded", "misfit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,3 +79,11 @@ class Algorithm(Protocol):
 
     def quantize(self, unit: Unit) -> dict[str, Rounded]:
         """One result for each of unit.layers, by layer name. Returns values; changes nothing."""
+
+
+def misfit(layer: Layer) -> str | None:
+    """Why a layer's rows do not divide into the blocks of its scheme, where these cannot be cut short, or None."""
+    whole = layer.scheme.weight.row_columns
+    if layer.shape[1] % whole == 0:
+        return None
+    return f"{layer.scheme.name} takes rows of whole blocks of {whole}, not of {layer.shape[1]}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from roundel.algorithms.algorithm import Algorithm, Rounded
+from roundel.algorithms.algorithm import Algorithm, Rounded, misfit
 from roundel.algorithms.inputs import Inputs, mean_squares
 from roundel.errors import RecipeError
 from roundel.scheme import Grid
@@ -53,7 +53,7 @@ class OptRtn(Algorithm):
             known = grid.is_mx or (grid.element.name == "e2m1" and isinstance(grid.scale, Grid))
         if grid.block[0] != 1 or not known:
             return f"opt-rtn rounds to integers, MX floats, NVFP4 and ggml's types, not to {layer.scheme.name}"
-        return None
+        return misfit(layer)
 
     def quantize(self, unit: Unit) -> dict[str, Rounded]:
         import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from roundel.algorithms.algorithm import Algorithm, Rounded
+from roundel.algorithms.algorithm import Algorithm, Rounded, misfit
 from roundel.scheme import Grid
 from roundel.unit import Layer, Unit
 
@@ -32,11 +32,7 @@ class Rtn(Algorithm):
             known = grid.block[0] == 1 and grid.element.name in ("e0m3", "e2m1", "e4m3")
         else:
             known = grid.element.name == "e4m3"
-        return (
-            None
-            if known
-            else f"rtn rounds to integers, MX floats, NVFP4, FP8 and ggml's types, not to {layer.scheme.name}"
-        )
+        return misfit(layer) if known else f"rtn has no rule for {layer.scheme.name}"
 
     def quantize(self, unit: Unit) -> dict[str, Rounded]:
         from roundel.ops.encode import encode

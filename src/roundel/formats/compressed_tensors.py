@@ -30,8 +30,15 @@ from roundel.formats.floats import (
     unpack_fp8,
     unpack_nvfp4,
 )
-from roundel.formats.format import Contents, Format, Found
-from roundel.formats.integers import find_integers, integer_outputs, pack_integers, refuse_integers, unpack_integers
+from roundel.formats.format import Contents, Format, Found, WordLayout
+from roundel.formats.integers import (
+    find_integers,
+    integer_outputs,
+    is_packed,
+    pack_integers,
+    refuse_integers,
+    unpack_integers,
+)
 from roundel.formats.mxfp import find_mx, mx_outputs, pack_mx, refuse_mx, unpack_mx
 from roundel.scheme import PRESETS, Grid, Scheme
 from roundel.tensor import QuantizedTensor, TensorSpec
@@ -92,6 +99,9 @@ class CompressedTensors(Format):
         if isinstance(grid.scale, Grid):
             return unpack_nvfp4(layer, stored)
         return unpack_mx(layer, stored) if grid.is_mx and grid.block == (1, 32) else unpack_fp8(layer, stored)
+
+    def words(self, layer: Layer) -> WordLayout | None:
+        return WordLayout(order="rows") if layer.scheme.is_integer and is_packed(layer.scheme) else None
 
     def decode(self, weight: QuantizedTensor) -> Tensor:
         return decode_blocks(weight)

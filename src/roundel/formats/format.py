@@ -51,9 +51,10 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True)
 class WordLayout:
-    """How integer codes lie in 32-bit words, for formats that share GPTQ's three tensors.
+    """How integer codes lie in 32-bit words: in GPTQ's three tensors, or in those of compressed-tensors.
 
-    order         "gptq": words along in; "awq": eight columns of out a word, interleaved
+    order         "gptq": words along in, [words, out]; "awq": eight columns of out a word, interleaved; "rows": words
+                  along in, [out, words], under compressed-tensors' names
     zero_offset   what is subtracted from a zero point before it is stored: 1 for GPTQ v1, else 0
     group_index   whether `g_idx` is written
     """

@@ -38,6 +38,8 @@ def is_packed(scheme: Scheme) -> bool:
 def refuse_integers(layer: Layer, name: str) -> str | None:
     """Why these tensors cannot hold a layer, or None."""
     scheme, columns = layer.scheme, layer.scheme.weight.block_of(layer.shape)[1]
+    if not scheme.is_integer:
+        return f"{name} has no layout for {scheme.name}"
     if layer.permuted:
         return f"{name} is not written with a group index, which act_order needs without static_groups"
     if layer.shape[1] % columns:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from roundel.errors import GridError
 from roundel.ops.block_search import (
     EMPTY,
     Affine,
@@ -113,9 +114,12 @@ def round_blocks(weight: Tensor, name: str, importance: Tensor | None = None) ->
     weight       [out, in] float, finite; in divisible by the type's 32 or 256
     name         a key of BLOCK_GRIDS
     importance   [in] or [out, in], at least 0; Q8_0, MXFP4, TQ1_0 and TQ2_0 make no use of it
+    Raises GridError for rows that do not divide into blocks.
     """
     from roundel.ops import use_kernels
 
+    if weight.shape[1] % BLOCK_GRIDS[name].row_columns:
+        raise GridError(f"{name} holds whole blocks of {BLOCK_GRIDS[name].row_columns}, not rows of {weight.shape[1]}")
     if use_kernels() and weight.device.type == "cpu" and weight.numel():
         from roundel.ops.numba.block_tensors import round_rows
 
