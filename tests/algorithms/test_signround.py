@@ -340,3 +340,12 @@ def test_grids_out_of_reach_are_refused() -> None:
     tile = replace(layer.scheme, weight=replace(layer.scheme.weight, block=(128, 128)))
     assert SignRound().refuse(layer) is None
     assert "signround" in str(SignRound().refuse(replace(layer, scheme=tile)))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "same"), [("W2A16G32_ASYM", "rtn"), ("W2A16G32", "search"), ("W3A16G32_ASYM", "search")]
+)
+def test_where_learning_starts(scheme: str, same: str) -> None:
+    unit = make_unit(scheme)
+    auto, named = (SignRound(iters=0, start=start, keep_best=False).quantize(unit) for start in ("auto", same))
+    assert all(torch.equal(auto[n].tensor.decode(), named[n].tensor.decode()) for n in auto)

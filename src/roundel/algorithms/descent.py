@@ -82,7 +82,8 @@ def _begin(
     plainly: Mapping[str, QuantizedTensor],
 ) -> Learned:
     start = plainly[layer.name]
-    if how.start == "search":
+    few = layer.scheme.bits <= 2 and not layer.scheme.weight.symmetric
+    if how.start == "search" or (how.start == "auto" and not few):
         importance = inputs[layer.name].mean_square if layer.name in inputs else None
         start = search(unit.weight(layer), layer.scheme.weight, importance, torch.get_num_threads()).tensor
     return begin(unit.weights[layer.tensor].contiguous(), start)
