@@ -3,8 +3,8 @@
 Source: Cheng et al. 2023, "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of LLMs"
 (arXiv 2309.05516), algorithm 1. The loop is in `descent.py`, the arithmetic in `roundel.ops.learned_rounding`.
 
-Three things differ from the paper, each because it lowers the error at the same number of steps. Learning starts
-from scales that were searched for (`start`), the range factors multiply those. The best state is not the one whose batch
+Three things differ from the paper, each because it lowers the error at the same number of steps. Learning starts from
+scales that were searched for (`start`), the range factors multiply those. The best state is not the one whose batch
 happened to have the lowest loss: states are compared on the same samples. And plain rounding is one of those states,
 so that no unit ends worse than with it.
 """
@@ -33,8 +33,8 @@ class SignRound(Algorithm):
     minmax_lr   first step size of the range factors; none: lr
     schedule    how step sizes fall to 0: linear or cosine
     optimizer   sign (signed gradient descent) or adam (AdamW without decay)
-    start       where learning starts: search (scales that minimize the error of each group, weighted by its inputs), rtn
-                (plain rounding), or auto: rtn on asymmetric grids of 2 bits, else search
+    start       where learning starts: search (scales that minimize the error of each group, weighted by its inputs),
+                rtn (plain rounding), or auto: rtn on asymmetric grids of 2 bits, else search
     tune_range  whether range factors are learned too
     quantized_inputs   whether a unit's inputs come from the rounded units before it; the target never does
     keep_best   whether the best of several states is kept, by the error on a fixed set of samples; else the last
