@@ -74,7 +74,8 @@ def fuses(layer: Layer, formats: Sequence[Format], algorithm: Algorithm, device:
         return False
     layout = formats[0].words(layer)
     if layout is None:
-        return layer.scheme.weight.scale == "E8M0" and layer.scheme.weight.exponent == "floor"
+        is_mx = layer.scheme.weight.scale == "E8M0" and layer.scheme.weight.exponent == "floor"
+        return is_mx and formats[0].outputs(layer)[-1].name == "weight_scale"
     return layout.order == "awq" or layer.shape[1] % 32 == 0
 
 

@@ -213,7 +213,7 @@ def _config(config: Mapping[str, object], output: Output, untied: bool) -> dict[
         text = found.get("text_config")
         if isinstance(text, Mapping) and "tie_word_embeddings" in text:
             found["text_config"] = {**text, "tie_word_embeddings": False}
-    return {**found, "quantization_config": output.config}
+    return output.format.settings(found, output.config)
 
 
 def _copy_small_files(source: Source, folder: Path) -> None:

@@ -87,6 +87,8 @@ class Grid:
     exponent    how a power-of-two scale is found: "floor" of log2(max) (OCP MX specification 1.0, section 6.3) or
                 "rceil", the ceiling of log2(max / largest element)
     lowest_zero the smallest zero point a format can store: 1 where readers cannot represent 0 (GPTQ v1)
+    zero        what an asymmetric block has beside its scale: a "code" that means 0.0, a "float" in its place (HQQ), or
+                an "offset", a float added after scaling (MLX)
     """
 
     element: Element
@@ -95,6 +97,7 @@ class Grid:
     scale: str | Grid = "F16"
     exponent: Literal["floor", "rceil"] = "floor"
     lowest_zero: int = 0
+    zero: Literal["code", "float", "offset"] = "code"
 
     def equals(self, other: Grid) -> bool:
         """Whether codes on the one are codes on the other, a limit on zero points left aside."""
@@ -117,7 +120,7 @@ class Grid:
             scale_bits = self.scale.bits_per_weight(blocks) * count
         else:
             scale_bits = count * {"E8M0": 8, "F8_E4M3": 8, "F16": 16, "BF16": 16, "F32": 32}[self.scale]
-        zero_bits = 0 if self.symmetric else count * self.element.bits
+        zero_bits = 0.0 if self.symmetric else count * self.element.bits if self.zero == "code" else scale_bits
         return self.element.bits + (scale_bits + zero_bits) / max(1, shape[0] * shape[1])
 
 

@@ -11,11 +11,13 @@ from roundel.formats.compressed_tensors import CompressedTensors, Fp8, ModelOpt
 from roundel.formats.format import Contents, Format, Found, WordLayout
 from roundel.formats.gpt_oss import Mxfp4Blocks
 from roundel.formats.gptq import AutoGptq
+from roundel.formats.mlx import Mlx
 
 __all__ = ["FORMATS", "Contents", "Format", "Found", "WordLayout", "format_named", "reader_of"]
 
 FORMATS: dict[str, Format] = {
-    f.name: f for f in (AutoRound(), AutoGptq(), AutoAwq(), CompressedTensors(), Fp8(), ModelOpt(), Mxfp4Blocks())
+    f.name: f
+    for f in (AutoRound(), AutoGptq(), AutoAwq(), CompressedTensors(), Mlx(), Fp8(), ModelOpt(), Mxfp4Blocks())
 }
 _ALIASES = {
     "gptq": "auto_gptq",
@@ -44,7 +46,8 @@ def reader_of(config: Mapping[str, object]) -> Format | None:
 
     Raises SourceError when it is quantized in a way that is not read.
     """
-    quantization = config.get("quantization_config") or config.get("compression_config")
+    names = ("quantization_config", "compression_config", "quantization")
+    quantization = next((found for name in names if (found := config.get(name))), None)
     if not isinstance(quantization, Mapping):
         return None
     for format in FORMATS.values():

@@ -102,6 +102,10 @@ class Format(Protocol):
         """The `quantization_config` a loader must find in config.json."""
         raise GridError(f"{self.name} is only read")
 
+    def settings(self, source: Mapping[str, object], quantization: Mapping[str, object]) -> dict[str, object]:
+        """What config.json holds: the source's config, which has no quantization, and what `config` returned."""
+        return {**source, "quantization_config": quantization}
+
     def caveats(self, contents: Contents) -> tuple[str, ...]:
         """What a reader of this format is known not to load, or to load wrong without a word. Notes of the plan."""
         return ()
