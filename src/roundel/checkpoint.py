@@ -191,6 +191,8 @@ class Checkpoint:
         self._add_experts(fused)
 
     def _add(self, module: str, parts: Mapping[str, TensorSpec]) -> None:
+        if self.reader is not None and self._add_stack(self.reader, module, parts):
+            return
         prefix = module + "."
         found = self.reader.find(module, parts) if self.reader is not None else None
         if found is not None and 0 in found.shape:
@@ -219,6 +221,25 @@ class Checkpoint:
         rest = [prefix + part for part in parts if part not in used]
         (self.dropped if found is not None else self.loose).extend(rest)
         self._put(Matrix(name=module, shape=shape, dtype=dtype, stored=stored, bias=bias))
+
+    def _add_stack(self, reader: Format, module: str, parts: Mapping[str, TensorSpec]) -> bool:
+        """Experts that lie in one tensor [experts, ...] as a matrix each; whether this module holds such."""
+        template = reader.unstacked(module)
+        counts = {spec.shape[0] for spec in parts.values() if len(spec.shape) == 3}
+        if template is None or len(counts) != 1:
+            return False
+        members = {part: replace(spec, shape=spec.shape[1:]) for part, spec in parts.items() if len(spec.shape) == 3}
+        found = reader.find(module, members)
+        if found is None or 0 in found.shape:
+            return False
+        bias = "bias" in parts and len(parts["bias"].shape) == 2
+        for expert in range(counts.pop()):
+            name = template.format(index=expert)
+            pieces = {part: Piece(tensor=f"{module}.{part}", index=(expert,)) for part in found.parts}
+            stored = Stored(format=reader.name, scheme=found.scheme, parts=pieces)
+            bias_of = (f"{name}.bias", Piece(tensor=f"{module}.bias", index=(expert,))) if bias else None
+            self._put(Matrix(name=name, shape=found.shape, dtype=self._decoded_dtype(), stored=stored, bias=bias_of))
+        return True
 
     def _put(self, matrix: Matrix) -> None:
         reason = kept_reason(matrix.name, self.source.config, self.family)

@@ -42,7 +42,7 @@ _OURS = (CONFIG, "quantization_config.json", *_CARDS, INDEX, JOURNAL, _JOURNAL_N
 
 def folder_of(out: Path, plan: Plan, output: Output) -> Path:
     """Where one format goes: the folder itself, or a folder of its own where there are several."""
-    return out if len(plan.outputs) == 1 else out / output.format.name
+    return out if len(plan.outputs) == 1 else out / output.format.name.replace(":", "-")
 
 
 def is_complete(out: Path, plan: Plan) -> bool:
@@ -172,7 +172,7 @@ def open_shards(out: Path, plan: Plan) -> list[dict[str, Shard]]:
             if (folder / layout.name).exists() and not (folder / (layout.name + ".partial")).exists():
                 continue
             shard = Shard(folder, layout)
-            by_tensor.update(dict.fromkeys(layout.places, shard))
+            by_tensor.update(dict.fromkeys((*layout.places, *layout.members), shard))
         opened.append(by_tensor)
     return opened
 

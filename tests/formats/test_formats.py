@@ -20,7 +20,7 @@ from roundel.unit import Layer, Piece, Stored, Unit
 
 SCHEMES = {**shown_schemes(), "W4A16G-1": Scheme.parse("W4A16G-1"), "W3A16G96_ASYM": Scheme.parse("W3A16G96_ASYM")}
 SHAPES = ((64, 128), (24, 224), (40, 96))
-UNFUSED = ("mlx",)
+UNFUSED = ("mlx", "auto_round:mlx")
 WRITTEN = {name: f for name, f in FORMATS.items() if f.writes}
 
 
@@ -166,6 +166,7 @@ def test_matrix_is_asked_and_complete() -> None:
         "auto_awq": None,
         "llm_compressor": rows["W4A16"]["llm_compressor"],
         "mlx": None,
+        "auto_round:mlx": None,
     }
     assert "MXFP4 and MXFP8" in str(rows["W4A16"]["llm_compressor"])
     assert "4-bit only" in str(rows["W8A16"]["auto_awq"])

@@ -1,4 +1,4 @@
-"""Load MLX checkpoints with mlx-lm, and save what the models say: `load_checkpoint.py` for an environment without torch.
+"""Load MLX checkpoints with mlx-lm and save what the models say: `load_checkpoint.py`, where there is no torch.
 
 Usage: python load_mlx.py JOBS.json
 

@@ -46,7 +46,10 @@ CONSUMERS = {
     "llm_compressor": "auto-round",
     "auto_gptq": "gptqmodel",
     "auto_awq": "gptqmodel",
+    "mlx": "mlx",
+    "auto_round:mlx": "mlx",
 }
+LOADER_OF = {"mlx": "load_mlx.py"}  # of a consumer, where it is not load_checkpoint.py
 NEAR = 1e-4  # KL of arithmetic alone, in nats; most cases are exact
 FAR = 1e-2  # KL that a control has at least
 
@@ -59,7 +62,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_odd": ("llama", {"hidden_size": 192, "intermediate_size": 352, "head_dim": 48, "vocab_size": 512}),
     "opt": ("opt", {"hidden_size": 256, "ffn_dim": 512, "word_embed_proj_dim": 256, "vocab_size": 512}),
     "opt_narrow": ("opt", {"hidden_size": 256, "ffn_dim": 512, "word_embed_proj_dim": 128, "vocab_size": 512}),
-    "qwen3_moe": ("qwen3_moe", LLAMA | {"moe_intermediate_size": 128}),
+    "qwen3": ("qwen3", LLAMA),
+    "qwen3_moe": ("qwen3_moe", LLAMA | {"moe_intermediate_size": 128, "norm_topk_prob": False}),
     "mixtral": ("mixtral", LLAMA | {"intermediate_size": 256}),
 }
 
@@ -119,6 +123,8 @@ SPOILERS: dict[str, Callable[[Path], None]] = {
     "weight_nibbles": spoil_tensors("qweight", swap_nibbles),
     "mx_nibbles": spoil_tensors("weight_packed", swap_nibbles),
     "scales": spoil_tensors("scales", lambda t: t.flip(1)),
+    "mlx_nibbles": spoil_tensors("weight", lambda t: swap_nibbles(t) if t.dtype == torch.uint32 else t),
+    "mlx_biases": spoil_tensors("biases", lambda t: t * 0.75),
     "mx_scales": spoil_tensors("weight_scale", lambda t: t + 1),
     "group_index": spoil_tensors("g_idx", torch.zeros_like),
 }
@@ -133,6 +139,12 @@ MIXED = {
         "model.layers.1.mlp.up_proj": {"bits": 16},
     }
 }
+EMBEDDING = {"layer_config": {"model.embed_tokens": {"bits": 8}}}
+MLX_OF_AUTO_ROUND: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("llama", MIXED | KEPT),
+    ("llama", ASYM),
+    ("qwen3_moe", {}),
+)
 MX_MIXED = {"layer_config": {"down_proj": {"scheme": "MXFP8"}, "model.layers.1.mlp.up_proj": {"bits": 16}}}
 
 
@@ -181,6 +193,18 @@ def llm_compressor() -> list[Case]:
     ]
 
 
+def mlx() -> list[Case]:
+    """mlx-lm, computing in float32 as our decode does; once with what the file holds."""
+    own: dict[str, Any] = {"format": "mlx", "loader": "mlx"}
+    widths = [Case(**own, scheme=f"W{bits}A16", options=o) for bits in (2, 3, 4, 5, 6, 8) for o in ({}, ASYM)]
+    groups = [Case(**own, options={"group_size": size} | o) for size in (32, 64) for o in ({}, ASYM)]
+    options = [Case(**own, options=o) for o in (MIXED, MIXED | ASYM, KEPT, HEAD, EMBEDDING)]
+    models = [Case(**own, model=m) for m in ("llama_tied", "qwen3", "qwen3_moe", "mixtral", "tinybook")]
+    models += [Case(**own, model="llama_tied", options=o) for o in (HEAD, EMBEDDING)]
+    auto_round = [Case(**own | {"format": "auto_round:mlx"}, model=m, options=o) for m, o in MLX_OF_AUTO_ROUND]
+    return [*widths, *groups, *options, *models, *auto_round]
+
+
 OWN: dict[str, Any] = {"loader": "gptqmodel", "dtype": "float16"}
 LOADED = (
     *auto_round(),
@@ -192,6 +216,7 @@ LOADED = (
     Case(format="auto_awq", **OWN, options=ASYM),
     Case(format="auto_awq", model="opt_narrow"),
     *llm_compressor(),
+    *mlx(),
 )
 CONTROLS = (
     Case(scheme="W2A16", options=ASYM, spoilt="zeros_as_gptq"),
@@ -204,6 +229,7 @@ CONTROLS = (
     *(Case(format=f, spoilt=s) for f in ("auto_gptq", "auto_awq") for s in ("weight_nibbles", "scales")),
     Case(format="llm_compressor", scheme="MXFP4", dtype="bfloat16", spoilt="mx_nibbles"),
     Case(format="llm_compressor", scheme="MXFP8", loader="dequantize", spoilt="mx_scales"),
+    *(Case(format="mlx", loader="mlx", spoilt=s) for s in ("mlx_nibbles", "scales", "mlx_biases")),
 )
 RENAMED = "its model has gate_proj, up_proj, down_proj and no way to find them under w1, w3, w2"
 KERNEL = "its 4-bit CPU kernel takes whole groups of 32, 64, 128 or 256; `backend='torch'` does without it"
@@ -244,7 +270,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
         if python_of(consumer).exists():
             jobs = [make_job(c, sources[c.model], work / c.name) for c in CASES if CONSUMERS[c.format] == consumer]
             (work / "jobs.json").write_text(json.dumps(sorted(jobs, key=lambda job: str(job["process"]))))
-            command = [str(python_of(consumer)), str(HERE / "load_checkpoint.py"), str(work / "jobs.json")]
+            command = [
+                str(python_of(consumer)),
+                str(HERE / LOADER_OF.get(consumer, "load_checkpoint.py")),
+                str(work / "jobs.json"),
+            ]
             with (work / f"{consumer}.log").open("w") as log:
                 lines = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, check=True).stdout
             said = {result["name"]: result for result in map(json.loads, lines.splitlines())}

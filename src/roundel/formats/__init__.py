@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from roundel.errors import RecipeError, SourceError, nearest
 from roundel.formats.autoround import AutoRound
+from roundel.formats.autoround_mlx import AutoRoundMlx
 from roundel.formats.awq import AutoAwq
 from roundel.formats.compressed_tensors import CompressedTensors, Fp8, ModelOpt
 from roundel.formats.format import Contents, Format, Found, WordLayout
@@ -17,7 +18,17 @@ __all__ = ["FORMATS", "Contents", "Format", "Found", "WordLayout", "format_named
 
 FORMATS: dict[str, Format] = {
     f.name: f
-    for f in (AutoRound(), AutoGptq(), AutoAwq(), CompressedTensors(), Mlx(), Fp8(), ModelOpt(), Mxfp4Blocks())
+    for f in (
+        AutoRound(),
+        AutoGptq(),
+        AutoAwq(),
+        CompressedTensors(),
+        Mlx(),
+        AutoRoundMlx(),
+        Fp8(),
+        ModelOpt(),
+        Mxfp4Blocks(),
+    )
 }
 _ALIASES = {
     "gptq": "auto_gptq",

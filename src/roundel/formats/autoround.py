@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from roundel.errors import PlanError, SourceError
+from roundel.formats.autoround_mlx import MLX_PACKING
 from roundel.formats.format import Contents, Format, Found, WordLayout, matching_override
 from roundel.formats.mxfp import find_mx, mx_outputs, pack_mx, refuse_mx, unpack_mx
 from roundel.formats.words import BITS, find_words, pack_words, refuse_words, unpack_words, word_outputs
@@ -117,6 +118,8 @@ class AutoRound(Format):
         if quantization.get("quant_method") not in ("auto-round", "intel/auto-round"):
             return None
         packing = str(quantization.get("packing_format", "auto_round:gptq"))
+        if packing == MLX_PACKING:
+            return None
         if packing not in LAYOUTS and packing != MX_PACKING:
             raise SourceError(
                 f"AutoRound packing {packing!r} is not read. Read are {', '.join((*LAYOUTS, MX_PACKING))}."

@@ -118,6 +118,15 @@ class Format(Protocol):
         """Whether these tensors are one layer of this format. Raises SourceError when one of them is missing."""
         ...
 
+    def stack(self, module: str) -> tuple[str, int] | None:
+        """For a format that has all experts of a block in one tensor [experts, ...]: the name of the module that holds
+        them, and this expert's index there. None for a module that stands by itself."""
+        return None
+
+    def unstacked(self, module: str) -> str | None:
+        """The inverse: the name of one of the modules that a stack holds, with {index} in it; None for no stack."""
+        return None
+
     def words(self, layer: Layer) -> WordLayout | None:
         """The word layout, where the format stores this layer in one; None otherwise."""
         return None

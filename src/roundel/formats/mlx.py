@@ -3,6 +3,7 @@
     affine   weight uint32 [out, in * bits / 32], each row the little-endian stream of its codes; scales and biases
              [out, in / group], floats:  weight = scale * code + bias
     mxfp4, mxfp8   weight uint32 [out, in * bits / 32], scales uint8 [out, in / 32] (E8M0), no biases
+    nvfp4    the same with scales uint8 [out, in / 16] (e4m3), and no scale for the whole matrix
 Source: what `mlx_lm.convert` of mlx-lm 0.32.2 writes, and mx.dequantize of mlx 0.32.4, both compared bit for bit.
 
 A grid with zero points is stored with bias = -zero * scale in float16. Where the zero point is a power of two, as in
@@ -15,6 +16,7 @@ Not stored: groups other than 32, 64 and 128, and 7 bits, for which MLX has no k
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
@@ -24,7 +26,7 @@ from roundel.families import text_config
 from roundel.formats.format import Contents, Format, Found
 from roundel.formats.mxfp import pack_nibbles, unpack_nibbles
 from roundel.scheme import ELEMENTS, PRESETS, Grid, Scheme
-from roundel.tensor import QuantizedTensor, TensorSpec
+from roundel.tensor import QuantizedTensor, TensorSpec, torch_dtype
 from roundel.unit import Layer
 
 if TYPE_CHECKING:
@@ -36,12 +38,16 @@ __all__ = ["BITS", "GROUPS", "Mlx", "decode_mlx", "find_mlx", "flat_rope", "mlx_
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
 _FLOATS = ("F16", "BF16", "F32")
-_MX = {"MXFP4": "mxfp4", "MXFP8": "mxfp8"}
+MXFP4, MXFP8 = (replace(PRESETS[name], name=name + "A16", input=None) for name in ("MXFP4", "MXFP8"))
+NVFP4 = Scheme(name="NVFP4A16", weight=Grid(element=ELEMENTS["e2m1"], block=(1, 16), scale="F8_E4M3"))
+_SMALL = {"E8M0": "F8_E8M0", "F8_E4M3": "F8_E4M3"}  # a grid's scale -> safetensors' name of its dtype
+_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)")
+_SWITCH = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
 @dataclass(frozen=True)
 class Mlx(Format):
-    """MLX's own layout, the modes affine, mxfp4 and mxfp8."""
+    """MLX's own layout, in all its modes."""
 
     name: ClassVar[str] = "mlx"
     summary: ClassVar[str] = "MLX: mlx-lm"
@@ -71,11 +77,17 @@ class Mlx(Format):
             found["sym_exceptions"] = others
         for layer in contents.layers:
             if layer.scheme != default:
-                found[layer.name] = mlx_fields(layer.scheme)
+                found[(stack_experts(layer.name) or (layer.name,))[0]] = mlx_fields(layer.scheme)
         return found
 
     def settings(self, source: Mapping[str, object], quantization: Mapping[str, object]) -> dict[str, object]:
         return {**source, **flat_rope(source), "quantization": quantization, "quantization_config": quantization}
+
+    def stack(self, module: str) -> tuple[str, int] | None:
+        return stack_experts(module)
+
+    def unstacked(self, module: str) -> str | None:
+        return unstack_experts(module)
 
     def recognize(self, quantization: Mapping[str, object]) -> Format | None:
         if "quant_method" in quantization or not {"group_size", "bits"} <= set(quantization):
@@ -84,7 +96,8 @@ class Mlx(Format):
 
     def find(self, module: str, parts: Mapping[str, TensorSpec]) -> Found | None:
         symmetric, others = self.quantization.get("sym"), self.quantization.get("sym_exceptions", ())
-        if isinstance(symmetric, bool) and isinstance(others, list) and module in others:
+        name = (self.unstacked(module) or module).format(index=0)
+        if isinstance(symmetric, bool) and isinstance(others, list) and name in others:
             symmetric = not symmetric
         here = self.quantization.get(module)
         settings = {**self.quantization, **(here if isinstance(here, Mapping) else {})}
@@ -97,7 +110,7 @@ def refuse_mlx(layer: Layer, name: str) -> str | None:
     if layer.permuted:
         return f"{name} cannot store which group each column belongs to"
     if _mode(grid) is None:
-        return f"{name} stores integers, MXFP4 and MXFP8, {scheme.name} is none of these"
+        return f"{name} stores integers, MXFP4A16, MXFP8A16 and NVFP4A16, {scheme.name} is none of these"
     if scheme.input is not None:
         return f"{name} leaves inputs as they are, {scheme.name} rounds them"
     if grid.element.is_integer and scheme.bits not in BITS:
@@ -105,7 +118,7 @@ def refuse_mlx(layer: Layer, name: str) -> str | None:
             f"{name} stores {', '.join(map(str, BITS[:-1]))} or {BITS[-1]} bits, {scheme.name} asks for {scheme.bits}"
         )
     columns = grid.block_of(layer.shape)[1]
-    if columns not in GROUPS:
+    if grid.element.is_integer and columns not in GROUPS:
         return f"{name} has groups of 32, 64 or 128, {scheme.name} asks for {columns}"
     if width % columns:
         return f"{name} needs whole groups, {width} inputs are not divisible by {columns}"
@@ -165,7 +178,7 @@ def unpack_mlx(layer: Layer, stored: Mapping[str, Tensor]) -> QuantizedTensor:
     if not grid.element.is_integer:
         octets = stored["weight"].view(torch.uint8)
         codes = unpack_nibbles(octets) if bits == 4 else octets.view(torch.float8_e4m3fn)
-        return QuantizedTensor(grid=grid, codes=codes, scale=scale.view(torch.float8_e8m0fnu))
+        return QuantizedTensor(grid=grid, codes=codes, scale=scale.view(torch_dtype(_SMALL[str(grid.scale)])))
     codes, biases = unpack_rows(stored["weight"].view(torch.int32), bits), stored["biases"]
     if grid.zero == "offset":
         return QuantizedTensor(grid=grid, codes=codes, scale=scale, offset=biases)
@@ -221,13 +234,12 @@ def find_mlx(
         )
     bits = declared if isinstance(declared, int) and declared in fitting else next(iter(fitting))
     if scales.dtype == "U8":
-        preset = PRESETS.get(f"MXFP{bits}")
-        if preset is None or group != 32:
+        small = {(4, 32): MXFP4, (8, 32): MXFP8, (4, 16): NVFP4}.get((bits, group if isinstance(group, int) else 0))
+        if small is None:
             raise SourceError(
-                f"{module}: MLX mode {settings.get('mode')!r} is not read. Read are affine, mxfp4, mxfp8."
+                f"{module}: MLX has no small floats of {bits} bits in groups of {group!r}. Fetch it again."
             )
-        scheme = replace(preset, name=f"{preset.name}A16", input=None)
-        return Found(shape=fitting[bits], scheme=scheme, parts=("weight", "scales"))
+        return Found(shape=fitting[bits], scheme=small, parts=("weight", "scales"))
     biases = parts.get("biases")
     if biases is None or (biases.shape, biases.dtype) != (scales.shape, scales.dtype) or biases.dtype not in _FLOATS:
         raise SourceError(f"{module}: its biases are missing or do not fit its scales. Fetch the checkpoint again.")
@@ -251,12 +263,26 @@ def flat_rope(source: Mapping[str, object]) -> dict[str, object]:
     return flat if text is source or not flat else {"text_config": {**text, **flat}}
 
 
+def stack_experts(module: str) -> tuple[str, int] | None:
+    """An expert's matrix -> the module of mlx-lm that holds it, and its index there."""
+    found = _EXPERT.fullmatch(module)
+    return (f"{found[1]}.switch_mlp.{_SWITCH.get(found[3], found[3])}", int(found[2])) if found else None
+
+
+def unstack_experts(module: str) -> str | None:
+    """The inverse of `stack_experts`, with {index}. Where experts were called w1, w2 and w3, the module says so."""
+    found = re.fullmatch(r"(.+)\.switch_mlp\.(\w+)", module)
+    if found is None:
+        return None
+    old = {new: old for old, new in _SWITCH.items()} if found[1].endswith("block_sparse_moe") else {}
+    return f"{found[1]}.experts.{{index}}.{old.get(found[2], found[2])}"
+
+
 def _mode(grid: Grid) -> str | None:
     if grid.element.is_integer:
         return "affine" if grid.block[0] == 1 and grid.scale in _FLOATS else None
-    if grid.scale != "E8M0" or grid.block != (1, 32):
-        return None
-    return {"e2m1": "mxfp4", "e4m3": "mxfp8"}.get(grid.element.name)
+    modes = {"mxfp4": MXFP4, "mxfp8": MXFP8, "nvfp4": NVFP4}
+    return next((mode for mode, scheme in modes.items() if scheme.weight == grid), None)
 
 
 def _scheme(bits: int, group: int, dtype: str, symmetric: bool | None) -> Scheme:
