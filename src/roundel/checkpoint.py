@@ -181,7 +181,7 @@ class Checkpoint:
             if match is not None:
                 fused.append((*match, name))
             else:
-                module, _, part = name.rpartition(".")
+                module, part = self._split_name(name)
                 if module:
                     modules.setdefault(module, {})[part] = spec
                 else:
@@ -190,10 +190,22 @@ class Checkpoint:
             self._add(module, parts)
         self._add_experts(fused)
 
+    def _split_name(self, name: str) -> tuple[str, str]:
+        """A tensor's module and part."""
+        for part in self.reader.compound if self.reader is not None else ():
+            if name.endswith("." + part):
+                return name[: -len(part) - 1], part
+        module, _, part = name.rpartition(".")
+        return module, part
+
     def _add(self, module: str, parts: Mapping[str, TensorSpec]) -> None:
-        if self.reader is not None and self._add_stack(self.reader, module, parts):
-            return
         prefix = module + "."
+        if self.reader is not None:
+            parts = self.reader.known(
+                module, parts, lambda part: self.source.read(Piece(tensor=prefix + part)).tobytes()
+            )
+            if self._add_stack(self.reader, module, parts):
+                return
         found = self.reader.find(module, parts) if self.reader is not None else None
         if found is not None and 0 in found.shape:
             raise SourceError(f"{module} is {list(found.shape)}, a matrix without weights. Fetch the checkpoint again.")

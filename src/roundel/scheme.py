@@ -8,9 +8,11 @@ spellings ("w4a16_asym", "mx_fp4", `{"bits": 4, "group_size": 64}`) are understo
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from typing import Literal
 
 from roundel.errors import RecipeError, nearest
@@ -36,6 +38,7 @@ NF4_VALUES = (
     0.7229568362236023,
     1.0,
 )
+FP4_VALUES = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25)
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
@@ -43,7 +46,8 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -
 class Element:
     """What one code means.
 
-    name     "int4" (signed), "uint4" (with a zero point), "e2m1", "e4m3", "e8m0", "nf4"
+    name     "int4" (signed), "uint4" (with a zero point), "e2m1", "e4m3", "e8m0", "nf4"; "fp4" and "dynamic8",
+             which are bitsandbytes'
     bits     stored bits per code
     lo, hi   smallest and largest code of an integer; smallest and largest value of a float
     values   the value of code 0, 1, 2 ... where codes are indices into a table; else None and a code is its own value
@@ -60,12 +64,34 @@ class Element:
         return "int" in self.name
 
 
+def _dynamic_values() -> tuple[float, ...]:
+    """bitsandbytes' signed dynamic map (Dettmers et al. 2021, arXiv:2110.02861): seven decades, each with twice as many
+    values, evenly spaced, as the one below; 0 and 1. Rounded to float32 step by step, as theirs is."""
+
+    def single(value: float) -> float:
+        return float(struct.unpack("f", struct.pack("f", value))[0])
+
+    found, low = [0.0, 1.0], single(0.1)
+    for decade in range(7):
+        count = 2**decade
+        step = single(single(1.0 - low) / count)
+        ends = [
+            single(low + step * i) if i <= count // 2 else single(1.0 - step * (count - i)) for i in range(count + 1)
+        ]
+        for left, right in pairwise(ends):
+            value = single(single(10 ** (decade - 6)) * single(single(left + right) / 2))
+            found += [value, -value]
+    return tuple(sorted(found))
+
+
 def _elements() -> dict[str, Element]:
     signed = [Element(name=f"int{b}", bits=b, lo=-(2 ** (b - 1)), hi=2 ** (b - 1) - 1) for b in range(1, 9)]
     unsigned = [Element(name=f"uint{b}", bits=b, lo=0, hi=2**b - 1) for b in range(1, 9)]
     floats = [
         Element(name="e2m1", bits=4, lo=-6.0, hi=6.0, values=E2M1_VALUES),
         Element(name="nf4", bits=4, lo=-1.0, hi=1.0, values=NF4_VALUES),
+        Element(name="fp4", bits=4, lo=-1.0, hi=1.0, values=(*FP4_VALUES, 0.0, *(-v for v in FP4_VALUES[1:]))),
+        Element(name="dynamic8", bits=8, lo=-1.0, hi=1.0, values=_dynamic_values()),
         Element(name="e4m3", bits=8, lo=-448.0, hi=448.0),
         Element(name="e8m0", bits=8, lo=2.0**-127, hi=2.0**127),
     ]
@@ -87,6 +113,7 @@ class Grid:
     exponent    how a power-of-two scale is found: "floor" of log2(max) (OCP MX specification 1.0, section 6.3) or
                 "rceil", the ceiling of log2(max / largest element)
     lowest_zero the smallest zero point a format can store: 1 where readers cannot represent 0 (GPTQ v1)
+    flat        blocks run on from row to row, without regard to where rows end (bitsandbytes)
     zero        what an asymmetric block has beside its scale: a "code" that means 0.0, a "float" in its place (HQQ), or
                 an "offset", a float added after scaling (MLX)
     """
@@ -98,6 +125,7 @@ class Grid:
     exponent: Literal["floor", "rceil"] = "floor"
     lowest_zero: int = 0
     zero: Literal["code", "float", "offset"] = "code"
+    flat: bool = False
 
     def equals(self, other: Grid) -> bool:
         """Whether codes on the one are codes on the other, a limit on zero points left aside."""
@@ -105,6 +133,8 @@ class Grid:
 
     def blocks(self, shape: tuple[int, int]) -> tuple[int, int]:
         """How many blocks a matrix of this shape has along [out, in]."""
+        if self.flat:
+            return 1, -(-shape[0] * shape[1] // self.block[1])
         rows, columns = self.block_of(shape)
         return -(-shape[0] // rows), -(-shape[1] // columns)
 
@@ -233,6 +263,13 @@ def _mx(name: str, element: str, exponent: Literal["floor", "rceil"] = "floor") 
     return Scheme(name=name, weight=weight, input=replace(weight, exponent=exponent))
 
 
+def _table(name: str, element: str, nested: bool = False) -> Scheme:
+    """bitsandbytes' 4 bits: a table times the largest magnitude of 64 weights; nested: these in 8 bits by 256."""
+    scales = Grid(element=ELEMENTS["dynamic8"], block=(1, 256), symmetric=False, scale="F32", zero="offset", flat=True)
+    weight = Grid(element=ELEMENTS[element], block=(1, 64), scale=scales if nested else "F32")
+    return Scheme(name=name, weight=weight)
+
+
 @dataclass(frozen=True)
 class Mix:
     """Two presets by role: routed experts take one, every other layer the other."""
@@ -250,6 +287,8 @@ PRESETS: dict[str, Scheme] = {
         _mx("MXFP4_RCEIL", "e2m1", "rceil"),
         _mx("MXFP8", "e4m3"),
         _mx("MXFP8_RCEIL", "e4m3", "rceil"),
+        *(_table(name, name.lower()) for name in ("NF4", "FP4")),
+        *(_table(name + "_DQ", name.lower(), nested=True) for name in ("NF4", "FP4")),
     )
 }
 MIXES: dict[str, Mix] = {m.name: m for m in (Mix("W4A16_MIXED", experts="W4A16", others="W8A16"),)}

@@ -48,6 +48,7 @@ CONSUMERS = {
     "auto_awq": "gptqmodel",
     "mlx": "mlx",
     "auto_round:mlx": "mlx",
+    "bnb": "bnb",
 }
 LOADER_OF = {"mlx": "load_mlx.py"}  # of a consumer, where it is not load_checkpoint.py
 NEAR = 1e-4  # KL of arithmetic alone, in nats; most cases are exact
@@ -125,6 +126,8 @@ SPOILERS: dict[str, Callable[[Path], None]] = {
     "scales": spoil_tensors("scales", lambda t: t.flip(1)),
     "mlx_nibbles": spoil_tensors("weight", lambda t: swap_nibbles(t) if t.dtype == torch.uint32 else t),
     "mlx_biases": spoil_tensors("biases", lambda t: t * 0.75),
+    "bnb_nibbles": spoil_tensors("weight", lambda t: swap_nibbles(t) if t.dtype == torch.uint8 else t),
+    "bnb_scales": spoil_tensors("weight.absmax", lambda t: t.flip(0)),
     "mx_scales": spoil_tensors("weight_scale", lambda t: t + 1),
     "group_index": spoil_tensors("g_idx", torch.zeros_like),
 }
@@ -205,6 +208,14 @@ def mlx() -> list[Case]:
     return [*widths, *groups, *options, *models, *auto_round]
 
 
+def bnb() -> list[Case]:
+    """bitsandbytes decodes to the dtype that the file names, the source's, whatever it computes in."""
+    own: dict[str, Any] = {"format": "bnb", "scheme": "NF4"}
+    schemes = [Case(**own | {"scheme": s}, dtype="bfloat16") for s in ("NF4", "FP4", "NF4_DQ", "FP4_DQ")]
+    options = [Case(**own, dtype="bfloat16", options=KEPT)]
+    return [*schemes, *options, *(Case(**own, model=m, dtype="bfloat16") for m in ("llama_tied", "qwen3", "tinybook"))]
+
+
 OWN: dict[str, Any] = {"loader": "gptqmodel", "dtype": "float16"}
 LOADED = (
     *auto_round(),
@@ -217,6 +228,8 @@ LOADED = (
     Case(format="auto_awq", model="opt_narrow"),
     *llm_compressor(),
     *mlx(),
+    *bnb(),
+    Case(format="bnb", scheme="NF4", model="opt", dtype="float16"),
 )
 CONTROLS = (
     Case(scheme="W2A16", options=ASYM, spoilt="zeros_as_gptq"),
@@ -229,6 +242,7 @@ CONTROLS = (
     *(Case(format=f, spoilt=s) for f in ("auto_gptq", "auto_awq") for s in ("weight_nibbles", "scales")),
     Case(format="llm_compressor", scheme="MXFP4", dtype="bfloat16", spoilt="mx_nibbles"),
     Case(format="llm_compressor", scheme="MXFP8", loader="dequantize", spoilt="mx_scales"),
+    *(Case(format="bnb", scheme="NF4", dtype="bfloat16", spoilt=s) for s in ("bnb_nibbles", "bnb_scales")),
     *(Case(format="mlx", loader="mlx", spoilt=s) for s in ("mlx_nibbles", "scales", "mlx_biases")),
 )
 RENAMED = "its model has gate_proj, up_proj, down_proj and no way to find them under w1, w3, w2"
@@ -237,6 +251,15 @@ ROWS = "it takes the scales of 8-bit float experts for one a row"
 ONE = "it decodes all layers by one group of the config"
 FUSED = "transformers holds the experts in one tensor, which optimum and its AWQ route leave uninitialised"
 LIMITS = (
+    Case(format="bnb", scheme="NF4", dtype="bfloat16", options=HEAD, limit="transformers keeps the head"),
+    Case(format="bnb", scheme="NF4", dtype="bfloat16", model="qwen3_moe", limit=FUSED),
+    Case(
+        format="bnb",
+        scheme="NF4",
+        dtype="bfloat16",
+        options={"layer_config": {"down_proj": "FP4"}},
+        limit="?",
+    ),
     Case(model="mixtral", limit=RENAMED),
     Case(model="llama_odd", limit="without whole groups it falls to a class for simulation, which fails"),
     Case(format="auto_gptq", options=MIXED, limit="optimum does not read `dynamic`"),

@@ -25,8 +25,9 @@ class Rtn(Algorithm):
 
     def refuse(self, layer: Layer) -> str | None:
         grid = layer.scheme.weight
-        if grid.block[0] != 1 or not (grid.element.is_integer or grid.scale == "E8M0"):
-            return f"rtn rounds to integers and MX floats, not to {layer.scheme.name}"
+        known = grid.element.is_integer or grid.scale == "E8M0" or grid.element.name in ("nf4", "fp4")
+        if grid.block[0] != 1 or not known:
+            return f"rtn rounds to integers, MX floats and tables, not to {layer.scheme.name}"
         return None
 
     def quantize(self, unit: Unit) -> dict[str, Rounded]:

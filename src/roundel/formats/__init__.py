@@ -8,6 +8,7 @@ from roundel.errors import RecipeError, SourceError, nearest
 from roundel.formats.autoround import AutoRound
 from roundel.formats.autoround_mlx import AutoRoundMlx
 from roundel.formats.awq import AutoAwq
+from roundel.formats.bnb import Bnb
 from roundel.formats.compressed_tensors import CompressedTensors, Fp8, ModelOpt
 from roundel.formats.format import Contents, Format, Found, WordLayout
 from roundel.formats.gpt_oss import Mxfp4Blocks
@@ -25,12 +26,14 @@ FORMATS: dict[str, Format] = {
         CompressedTensors(),
         Mlx(),
         AutoRoundMlx(),
+        Bnb(),
         Fp8(),
         ModelOpt(),
         Mxfp4Blocks(),
     )
 }
 _ALIASES = {
+    "bitsandbytes": "bnb",
     "gptq": "auto_gptq",
     "awq": "auto_awq",
     "auto-round": "auto_round",

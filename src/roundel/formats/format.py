@@ -5,7 +5,7 @@ A stored layer is a handful of tensors called *parts*: the tensor `NAME.PART` fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -69,6 +69,7 @@ class Format(Protocol):
     name: ClassVar[str]
     summary: ClassVar[str]
     writes: ClassVar[bool] = True
+    compound: ClassVar[tuple[str, ...]] = ()  # part names that have a dot in them: "weight.absmax"
 
     def refuse(self, layer: Layer) -> str | None:
         """Why this layer cannot be stored, or None. Asked at plan time, and for the support matrix."""
@@ -113,6 +114,15 @@ class Format(Protocol):
     def recognize(self, quantization: Mapping[str, object]) -> Format | None:
         """A reader for a checkpoint with this `quantization_config`, or None when it is another format's."""
         ...
+
+    def known(
+        self, module: str, parts: Mapping[str, TensorSpec], read: Callable[[str], bytes]
+    ) -> Mapping[str, TensorSpec]:
+        """A module's parts as `find` takes them: those of the file's header, where that is enough.
+
+        read   the bytes of a part
+        """
+        return parts
 
     def find(self, module: str, parts: Mapping[str, TensorSpec]) -> Found | None:
         """Whether these tensors are one layer of this format. Raises SourceError when one of them is missing."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from roundel.ops.fit import fit_asymmetric, fit_power_of_two, fit_symmetric, grouped
 from roundel.ops.minifloat import decode_e8m0, round_e2m1, round_e4m3
+from roundel.ops.table import TABLES, fit_table, round_table
 from roundel.scheme import Grid
 from roundel.tensor import QuantizedTensor, plain
 
@@ -17,8 +18,8 @@ def encode(weight: Tensor, grid: Grid) -> QuantizedTensor:
     """Round a matrix to a grid, with scales fitted to each block's range.
 
     weight   [out, in], any float dtype, finite; rounded as float32
-    grid     integers, e2m1 / e4m3 with power-of-two scales, or e2m1 with e4m3 scales and one float for the matrix
-             (NVFP4); blocks are (1, n) or (1, 0)
+    grid     integers, e2m1 / e4m3 with power-of-two scales, e2m1 with e4m3 scales and one float for the matrix
+             (NVFP4), or bitsandbytes' tables; blocks are (1, n) or (1, 0)
     """
     from roundel.ops import use_kernels
 
@@ -36,6 +37,8 @@ def encode_reference(weight: Tensor, grid: Grid) -> QuantizedTensor:
     out, width = weight.shape
     columns = grid.block_of((out, width))[1]
     groups = grouped(weight.float(), columns)
+    if grid.element.name in TABLES:
+        return encode_scaled(weight, grid, fit_table(groups, grid.scale))
     if isinstance(grid.scale, Grid):
         return encode_scaled(weight, grid, _fit_nvfp(groups, grid.scale))
     if grid.scale == "E8M0":
@@ -48,11 +51,11 @@ def encode_reference(weight: Tensor, grid: Grid) -> QuantizedTensor:
 def encode_scaled(
     weight: Tensor, grid: Grid, scale: Tensor | QuantizedTensor, zero: Tensor | None = None
 ) -> QuantizedTensor:
-    """Round a matrix with scales and zero points that are given as they are stored; an NVFP4 block of scale 0 becomes
-    0."""
+    """Round a matrix with scales and zero points that are given as they are stored; a block of scale 0, where
+    that can be, becomes 0."""
     out, width = weight.shape
     groups = grouped(weight.float(), grid.block_of((out, width))[1])
-    if isinstance(scale, QuantizedTensor):
+    if grid.element.name in TABLES or isinstance(scale, QuantizedTensor):
         steps = plain(scale)
         scaled = groups * torch.where(steps == 0, 0.0, 1 / steps)[..., None]
     elif grid.scale == "E8M0":
@@ -63,6 +66,8 @@ def encode_scaled(
         shift = 0.0 if zero is None else zero.float()[..., None]
         whole = (torch.round(scaled) + shift).clamp(grid.element.lo, grid.element.hi)
         codes = whole.to(torch.int8 if zero is None else torch.uint8)
+    elif grid.element.name in TABLES:
+        codes = round_table(scaled, grid.element)
     else:
         codes = round_e2m1(scaled) if grid.element.name == "e2m1" else round_e4m3(scaled)
     return QuantizedTensor(grid=grid, codes=codes.flatten(1)[:, :width].contiguous(), scale=scale, zero=zero)
