@@ -212,7 +212,7 @@ class Checkpoint:
         if found is not None:
             assert self.reader is not None
             pieces = {part: Piece(tensor=prefix + part) for part in found.parts}
-            stored = Stored(format=self.reader.name, scheme=found.scheme, parts=pieces)
+            stored = Stored(format=self.reader.name, scheme=found.scheme, parts=pieces, permuted=found.permuted)
             shape, dtype, used = found.shape, self._decoded_dtype(), set(found.parts)
         else:
             weight = parts.get("weight")

@@ -494,11 +494,7 @@ def _notes(
             "the output head is rounded, so it no longer shares the embedding's tensor: tie_word_embeddings "
             "becomes false"
         )
-    same = sum(
-        1
-        for layer in layers
-        if layer.stored.scheme is not None and layer.stored.scheme.weight.equals(layer.scheme.weight)
-    )
+    same = sum(layer.moves for layer in layers)
     if same:
         notes.append(f"{same} layers are on the asked grid already: their codes are moved over without rounding")
     if checkpoint.dropped:

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from models.pico import build
+from peers.make_models import write_tokenizer
 
 HERE = Path(__file__).parent
 GOLDEN = HERE.parent / "data" / "golden"
@@ -26,6 +27,7 @@ def main(names: list[str]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             source = build("llama", Path(folder), dtype="float16", **MODEL)
+            write_tokenizer(source)  # GPTQModel does not load a model without one
             python = PEERS / ENVIRONMENTS[name] / "bin" / "python"
             subprocess.run([python, HERE / f"golden_{name}.py", source, out, str(ROWS)], check=True)
 

@@ -45,6 +45,7 @@ CONSUMERS = {
     "auto_round": "auto-round",
     "llm_compressor": "auto-round",
     "auto_gptq": "gptqmodel",
+    "gptq_v2": "gptqmodel",
     "auto_awq": "gptqmodel",
     "mlx": "mlx",
     "auto_round:mlx": "mlx",
@@ -212,7 +213,7 @@ def bnb() -> list[Case]:
     """bitsandbytes decodes to the dtype that the file names, the source's, whatever it computes in."""
     own: dict[str, Any] = {"format": "bnb", "scheme": "NF4"}
     schemes = [Case(**own | {"scheme": s}, dtype="bfloat16") for s in ("NF4", "FP4", "NF4_DQ", "FP4_DQ")]
-    options = [Case(**own, dtype="bfloat16", options=KEPT)]
+    options = [Case(**own, dtype="bfloat16", options=o) for o in (KEPT, {"layer_config": {"down_proj": "FP4"}})]
     return [*schemes, *options, *(Case(**own, model=m, dtype="bfloat16") for m in ("llama_tied", "qwen3", "tinybook"))]
 
 
@@ -253,13 +254,6 @@ FUSED = "transformers holds the experts in one tensor, which optimum and its AWQ
 LIMITS = (
     Case(format="bnb", scheme="NF4", dtype="bfloat16", options=HEAD, limit="transformers keeps the head"),
     Case(format="bnb", scheme="NF4", dtype="bfloat16", model="qwen3_moe", limit=FUSED),
-    Case(
-        format="bnb",
-        scheme="NF4",
-        dtype="bfloat16",
-        options={"layer_config": {"down_proj": "FP4"}},
-        limit="?",
-    ),
     Case(model="mixtral", limit=RENAMED),
     Case(model="llama_odd", limit="without whole groups it falls to a class for simulation, which fails"),
     Case(format="auto_gptq", options=MIXED, limit="optimum does not read `dynamic`"),

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
+
+if TYPE_CHECKING:
+    from roundel.scheme import Grid
 
 __all__ = ["list_"]
 
@@ -35,7 +40,7 @@ def _schemes() -> None:
             name,
             grid.element.name,
             describe_block(grid.block),
-            str(grid.scale),
+            _scale(grid.scale),
             f"{grid.bits_per_weight((4096, 4096)):.3f}",
             inputs,
         )
@@ -46,6 +51,14 @@ def _schemes() -> None:
         "Any W<bits>A16[G<group>][_ASYM] with 2 to 8 bits is a scheme too, such as W3A16G64_ASYM; G-1 is one scale "
         "per row."
     )
+
+
+def _scale(scale: str | Grid) -> str:
+    """`F16`, or `dynamic8 by 256 (F32)` for scales that are on a grid themselves."""
+    if isinstance(scale, str):
+        return scale
+    block = f"by {scale.block[1]}" if scale.block[1] else "by tensor"
+    return f"{scale.element.name} {block} ({_scale(scale.scale)})"
 
 
 def _formats(why: bool, markdown: bool) -> None:

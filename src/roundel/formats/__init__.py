@@ -12,7 +12,7 @@ from roundel.formats.bnb import Bnb
 from roundel.formats.compressed_tensors import CompressedTensors, Fp8, ModelOpt
 from roundel.formats.format import Contents, Format, Found, WordLayout
 from roundel.formats.gpt_oss import Mxfp4Blocks
-from roundel.formats.gptq import AutoGptq
+from roundel.formats.gptq import AutoGptq, GptqV2
 from roundel.formats.mlx import Mlx
 
 __all__ = ["FORMATS", "Contents", "Format", "Found", "WordLayout", "format_named", "reader_of"]
@@ -22,6 +22,7 @@ FORMATS: dict[str, Format] = {
     for f in (
         AutoRound(),
         AutoGptq(),
+        GptqV2(),
         AutoAwq(),
         CompressedTensors(),
         Mlx(),
@@ -35,6 +36,7 @@ FORMATS: dict[str, Format] = {
 _ALIASES = {
     "bitsandbytes": "bnb",
     "gptq": "auto_gptq",
+    "auto_gptq_v2": "gptq_v2",
     "awq": "auto_awq",
     "auto-round": "auto_round",
     "compressed-tensors": "llm_compressor",

@@ -42,11 +42,13 @@ class Contents:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """A layer recognized among stored tensors: its shape, its grid, and which parts belong to it."""
+    """A layer recognized among stored tensors: its shape, its grid, which parts belong to it, and whether the columns
+    of a group may lie anywhere (a group index is among the parts)."""
 
     shape: tuple[int, int]
     scheme: Scheme
     parts: tuple[str, ...]
+    permuted: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
