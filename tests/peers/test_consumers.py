@@ -50,6 +50,7 @@ CONSUMERS = {
     "mlx": "mlx",
     "auto_round:mlx": "mlx",
     "bnb": "bnb",
+    "hqq": "hqq",
 }
 LOADER_OF = {"mlx": "load_mlx.py"}  # of a consumer, where it is not load_checkpoint.py
 NEAR = 1e-4  # KL of arithmetic alone, in nats; most cases are exact
@@ -127,6 +128,8 @@ SPOILERS: dict[str, Callable[[Path], None]] = {
     "scales": spoil_tensors("scales", lambda t: t.flip(1)),
     "mlx_nibbles": spoil_tensors("weight", lambda t: swap_nibbles(t) if t.dtype == torch.uint32 else t),
     "mlx_biases": spoil_tensors("biases", lambda t: t * 0.75),
+    "hqq_codes": spoil_tensors("W_q", swap_nibbles),
+    "hqq_zeros": spoil_tensors("zero", lambda t: t - 1),
     "bnb_nibbles": spoil_tensors("weight", lambda t: swap_nibbles(t) if t.dtype == torch.uint8 else t),
     "bnb_scales": spoil_tensors("weight.absmax", lambda t: t.flip(0)),
     "mx_scales": spoil_tensors("weight_scale", lambda t: t + 1),
@@ -217,6 +220,12 @@ def bnb() -> list[Case]:
     return [*schemes, *options, *(Case(**own, model=m, dtype="bfloat16") for m in ("llama_tied", "qwen3", "tinybook"))]
 
 
+def hqq() -> list[Case]:
+    own: dict[str, Any] = {"format": "hqq", "loader": "hqq"}
+    widths = [Case(**own, scheme=f"W{bits}A16G64", options=o) for bits in (2, 3, 4, 5, 6, 8) for o in ({}, ASYM)]
+    return [*widths, *(Case(**own, options=o) for o in (MIXED, KEPT, HEAD)), Case(**own, model="opt")]
+
+
 OWN: dict[str, Any] = {"loader": "gptqmodel", "dtype": "float16"}
 LOADED = (
     *auto_round(),
@@ -230,7 +239,9 @@ LOADED = (
     *llm_compressor(),
     *mlx(),
     *bnb(),
-    Case(format="bnb", scheme="NF4", model="opt", dtype="float16"),
+    *hqq(),
+    *(Case(format="gptq_v2", scheme=s, options=o) for s in ("W2A16", "W3A16", "W4A16", "W8A16") for o in ({}, ASYM)),
+    *(Case(format="gptq_v2", **OWN, options=o) for o in ({}, ASYM, MIXED)),
 )
 CONTROLS = (
     Case(scheme="W2A16", options=ASYM, spoilt="zeros_as_gptq"),
@@ -244,6 +255,7 @@ CONTROLS = (
     Case(format="llm_compressor", scheme="MXFP4", dtype="bfloat16", spoilt="mx_nibbles"),
     Case(format="llm_compressor", scheme="MXFP8", loader="dequantize", spoilt="mx_scales"),
     *(Case(format="bnb", scheme="NF4", dtype="bfloat16", spoilt=s) for s in ("bnb_nibbles", "bnb_scales")),
+    *(Case(format="hqq", loader="hqq", spoilt=s) for s in ("hqq_codes", "hqq_zeros")),
     *(Case(format="mlx", loader="mlx", spoilt=s) for s in ("mlx_nibbles", "scales", "mlx_biases")),
 )
 RENAMED = "its model has gate_proj, up_proj, down_proj and no way to find them under w1, w3, w2"
@@ -252,6 +264,8 @@ ROWS = "it takes the scales of 8-bit float experts for one a row"
 ONE = "it decodes all layers by one group of the config"
 FUSED = "transformers holds the experts in one tensor, which optimum and its AWQ route leave uninitialised"
 LIMITS = (
+    Case(format="bnb", scheme="NF4", dtype="float16", model="opt", limit="it stops at an assertion"),
+    Case(format="hqq", limit="transformers 5 has no HQQ"),
     Case(format="bnb", scheme="NF4", dtype="bfloat16", options=HEAD, limit="transformers keeps the head"),
     Case(format="bnb", scheme="NF4", dtype="bfloat16", model="qwen3_moe", limit=FUSED),
     Case(model="mixtral", limit=RENAMED),

@@ -13,6 +13,7 @@ from roundel.formats.compressed_tensors import CompressedTensors, Fp8, ModelOpt
 from roundel.formats.format import Contents, Format, Found, WordLayout
 from roundel.formats.gpt_oss import Mxfp4Blocks
 from roundel.formats.gptq import AutoGptq, GptqV2
+from roundel.formats.hqq import Hqq
 from roundel.formats.mlx import Mlx
 
 __all__ = ["FORMATS", "Contents", "Format", "Found", "WordLayout", "format_named", "reader_of"]
@@ -28,6 +29,7 @@ FORMATS: dict[str, Format] = {
         Mlx(),
         AutoRoundMlx(),
         Bnb(),
+        Hqq(),
         Fp8(),
         ModelOpt(),
         Mxfp4Blocks(),

@@ -105,7 +105,7 @@ class AutoGptq(Format):
             found.append("transformers leaves the experts of GPTQ files uninitialised; GPTQModel loads them")
         if any(layer.scheme != default for layer in contents.layers):
             found.append("transformers reads one scheme from a GPTQ file; GPTQModel reads several")
-        if not default.weight.symmetric:
+        if not default.weight.symmetric and self.layout == VERSION_1:
             found.append("GPTQModel's own loader refuses asymmetric files of others; transformers reads them")
         return tuple(f"{self.name}: {text}" for text in found)
 
