@@ -27,7 +27,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 # The tools that roundel is compared with, each in an environment of its own; never imported by ours.
 peers: $(PEERS)/auto-round/.ready $(PEERS)/gptqmodel/.ready $(PEERS)/llmcompressor/.ready $(PEERS)/hqq/.ready \
-    $(PEERS)/gguf/.ready
+    $(PEERS)/gguf/.ready $(PEERS)/mlx/.ready $(PEERS)/bnb/.ready
 
 $(PEERS)/auto-round/.ready: constraints.txt
 	$(PYTHON) -m venv $(PEERS)/auto-round
@@ -64,6 +64,17 @@ $(PEERS)/hqq/.ready: constraints.txt
 $(PEERS)/gguf/.ready:
 	$(PYTHON) -m venv $(PEERS)/gguf
 	$(call PIP,$(PEERS)/gguf) xllamacpp==2026.10.11549 gguf==0.19.0 numpy==2.4.6
+	touch $@
+
+$(PEERS)/mlx/.ready: constraints.txt
+	$(PYTHON) -m venv $(PEERS)/mlx
+	$(call PIP,$(PEERS)/mlx) 'mlx[cpu]==0.32.4' mlx-lm==0.32.2 transformers==5.23.0
+	touch $@
+
+$(PEERS)/bnb/.ready: constraints.txt
+	$(PYTHON) -m venv $(PEERS)/bnb
+	$(call PIP,$(PEERS)/bnb) torch==2.13.0
+	$(call PIP,$(PEERS)/bnb) torch==2.13.0 bitsandbytes==0.50.2 transformers==5.23.0 accelerate==1.15.0
 	touch $@
 
 # Bit for bit against auto-round, and our files in the runtimes that read them.

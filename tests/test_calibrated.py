@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import roundel
 from models.pico import build
@@ -298,3 +299,23 @@ def test_wishes_without_sense(wish: dict[str, Any], message: str, tmp_path: Path
     with pytest.raises(RecipeError, match=message):
         roundel.quantize(model, tmp_path / "out", **wish)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_groups_by_activation_move_to_formats_that_hold_them(sym: bool, tmp_path: Path, data: Path) -> None:
+    """GPTQ's act_order goes from version 1 to 2 and back without rounding, and is decoded for what cannot hold it."""
+    kind = {"scheme": "W4A16G32", "sym": sym}
+    wish = options("gptq", data, format="auto_gptq", options={"act_order": True}, **kind)
+    roundel.quantize(build("llama", tmp_path / "model"), tmp_path / "v1", **wish)
+    moved = roundel.quantize(tmp_path / "v1", tmp_path / "v2", format="gptq_v2", **kind)
+    assert any("moved over without rounding" in note for note in moved.plan.notes)
+    roundel.quantize(tmp_path / "v2", tmp_path / "again", format="auto_gptq", **kind)
+    first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("v1", "again"))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    rounded = roundel.quantize(tmp_path / "v1", tmp_path / "rounded", format="auto_round", **kind)
+    assert not any("moved over" in note for note in rounded.plan.notes)
+    one, other = open_checkpoint(tmp_path / "v1"), open_checkpoint(tmp_path / "v2")
+    assert any(one.unpack(layer).group_index is not None for layer in one.layers.values())
+    assert all(torch.equal(one.decode(name), other.decode(name)) for name in one.layers)
+    one.close()
+    other.close()

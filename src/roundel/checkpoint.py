@@ -182,7 +182,7 @@ class Checkpoint:
             if match is not None:
                 fused.append((*match, name))
             else:
-                module, _, part = name.rpartition(".")
+                module, part = self._split_name(name)
                 if module:
                     modules.setdefault(module, {})[part] = spec
                 else:
@@ -191,15 +191,29 @@ class Checkpoint:
             self._add(module, parts)
         self._add_experts(fused)
 
+    def _split_name(self, name: str) -> tuple[str, str]:
+        """A tensor's module and part."""
+        for part in self.reader.compound if self.reader is not None else ():
+            if name.endswith("." + part):
+                return name[: -len(part) - 1], part
+        module, _, part = name.rpartition(".")
+        return module, part
+
     def _add(self, module: str, parts: Mapping[str, TensorSpec]) -> None:
         prefix = module + "."
+        if self.reader is not None:
+            parts = self.reader.known(
+                module, parts, lambda part: self.source.read(Piece(tensor=prefix + part)).tobytes()
+            )
+            if self._add_stack(self.reader, module, parts):
+                return
         found = self.reader.find(module, parts) if self.reader is not None else None
         if found is not None and 0 in found.shape:
             raise SourceError(f"{module} is {list(found.shape)}, a matrix without weights. Fetch the checkpoint again.")
         if found is not None:
             assert self.reader is not None
             pieces = {part: Piece(tensor=prefix + part) for part in found.parts}
-            stored = Stored(format=self.reader.name, scheme=found.scheme, parts=pieces)
+            stored = Stored(format=self.reader.name, scheme=found.scheme, parts=pieces, permuted=found.permuted)
             shape, dtype, used = found.shape, self._decoded_dtype(), set(found.parts)
         else:
             weight = parts.get("weight")
@@ -220,6 +234,25 @@ class Checkpoint:
         rest = [prefix + part for part in parts if part not in used]
         (self.dropped if found is not None else self.loose).extend(rest)
         self._put(Matrix(name=module, shape=shape, dtype=dtype, stored=stored, bias=bias))
+
+    def _add_stack(self, reader: Format, module: str, parts: Mapping[str, TensorSpec]) -> bool:
+        """Experts that lie in one tensor [experts, ...] as a matrix each; whether this module holds such."""
+        template = reader.unstacked(module)
+        counts = {spec.shape[0] for spec in parts.values() if len(spec.shape) == 3}
+        if template is None or len(counts) != 1:
+            return False
+        members = {part: replace(spec, shape=spec.shape[1:]) for part, spec in parts.items() if len(spec.shape) == 3}
+        found = reader.find(module, members)
+        if found is None or 0 in found.shape:
+            return False
+        bias = "bias" in parts and len(parts["bias"].shape) == 2
+        for expert in range(counts.pop()):
+            name = template.format(index=expert)
+            pieces = {part: Piece(tensor=f"{module}.{part}", index=(expert,)) for part in found.parts}
+            stored = Stored(format=reader.name, scheme=found.scheme, parts=pieces)
+            bias_of = (f"{name}.bias", Piece(tensor=f"{module}.bias", index=(expert,))) if bias else None
+            self._put(Matrix(name=name, shape=found.shape, dtype=self._decoded_dtype(), stored=stored, bias=bias_of))
+        return True
 
     def _put(self, matrix: Matrix) -> None:
         reason = kept_reason(matrix.name, self.source.config, self.family)

@@ -78,7 +78,7 @@ def layers_of(
             continue
         for format in formats:
             scheme = format.grid_of(scheme)
-        layer = replace(matrix.layer(scheme), permuted=algorithm.permutes)
+        layer = _arranged(matrix.layer(scheme), algorithm.permutes, formats)
         layers.append(layer)
         reasons = [
             *((f"{step.name}", step.refuse(layer)) for step in recipe.chain.transforms),
@@ -93,12 +93,20 @@ def layers_of(
     return layers
 
 
+def _arranged(layer: Layer, permutes: bool, formats: Sequence[Format]) -> Layer:
+    """The layer with its groups: as the algorithm makes them, or as they are stored, where codes can move over."""
+    permuted = replace(layer, permuted=True)
+    keeps = layer.stored.permuted and permuted.moves and all(f.refuse(permuted) is None for f in formats)
+    return permuted if permutes or keeps else layer
+
+
 def _refusal(reason: str, layers: Sequence[Layer]) -> str:
     first, more = layers[0], len(layers) - 1
     others = f" (and {more} more)" if more else ""
     smaller = [f for f in FORMATS.values() if f.writes and f.name != "fake"]  # which stores all, and saves nothing
     storing = [f.name for f in smaller if all(f.refuse(layer) is None for layer in layers)]
-    remedy = f"Use format {' or '.join(storing)}, " if storing else "Choose another scheme, "
+    named = " or ".join(filter(None, (", ".join(storing[:-1]), *storing[-1:])))
+    remedy = f"Use format {named}, " if storing else "Choose another scheme, "
     return (
         f"{first.name} {list(first.shape)}{others}: {reason}. {remedy}or change these layers with --layer-config or "
         "--ignore-layers."

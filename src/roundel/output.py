@@ -42,7 +42,7 @@ _OURS = (CONFIG, "quantization_config.json", *_CARDS, INDEX, JOURNAL, _JOURNAL_N
 
 def folder_of(out: Path, plan: Plan, output: Output) -> Path:
     """Where one format goes: the folder itself, or a folder of its own where there are several."""
-    return out if len(plan.outputs) == 1 else out / output.format.name
+    return out if len(plan.outputs) == 1 else out / output.format.name.replace(":", "-")
 
 
 def is_complete(out: Path, plan: Plan) -> bool:
@@ -172,7 +172,7 @@ def open_shards(out: Path, plan: Plan) -> list[dict[str, Shard]]:
             if (folder / layout.name).exists() and not (folder / (layout.name + ".partial")).exists():
                 continue
             shard = Shard(folder, layout)
-            by_tensor.update(dict.fromkeys(layout.places, shard))
+            by_tensor.update(dict.fromkeys((*layout.places, *layout.members), shard))
         opened.append(by_tensor)
     return opened
 
@@ -214,7 +214,7 @@ def _config(config: Mapping[str, object], output: Output, untied: bool) -> dict[
         text = found.get("text_config")
         if isinstance(text, Mapping) and "tie_word_embeddings" in text:
             found["text_config"] = {**text, "tie_word_embeddings": False}
-    return {**found, "quantization_config": output.config} if output.config else found
+    return output.format.settings(found, output.config)
 
 
 def _copy_small_files(source: Source, folder: Path) -> None:

@@ -277,9 +277,10 @@ class _Loop:
 
     def _quantize(self, layer: Layer) -> tuple[Tensor, Rounded]:
         grid = layer.scheme.weight
-        if layer.stored.scheme is not None and layer.stored.scheme.weight.equals(grid):
+        if layer.moves:
             quantized = replace(self.checkpoint.unpack(layer), grid=grid)
-            if quantized.zero is None or int(quantized.zero.min()) >= grid.lowest_zero:
+            fits = quantized.zero is None or int(quantized.zero.min()) >= grid.lowest_zero
+            if fits and (quantized.group_index is None or layer.permuted):
                 # on the asked grid already: nothing to round
                 return finite(layer, quantized.decode()), Rounded(tensor=quantized)
         weight = finite(layer, _to_device(self.checkpoint.weights(layer), self.device))

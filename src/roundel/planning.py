@@ -21,7 +21,7 @@ from roundel.errors import PlanError
 from roundel.families import text_config
 from roundel.formats import Contents, Format, format_named
 from roundel.fusion import fuses, slab_rows
-from roundel.io.safetensors import ShardLayout, lay_out
+from roundel.io.safetensors import ShardLayout, lay_out, stacked
 from roundel.recipe import Choice, Recipe, parse_size
 from roundel.scheme import Scheme
 from roundel.tensor import ITEMSIZE, TensorSpec
@@ -270,6 +270,7 @@ def build_plan(
     if recipe.reads_activations:
         works = _units(works, checkpoint, recipe.chain.blocks_at_a_time)
         _check_measured(works)
+    _check_stacks(layers, choices, settled)
     _check_names(works, settled, checkpoint.source.name)
     kept = tuple(
         Kept(name=m.name, shape=m.shape, dtype=m.dtype, reason=choices[m.name].origin)
@@ -285,7 +286,11 @@ def build_plan(
         embedding=checkpoint.family.embedding.removesuffix(".weight"),
     )
     outputs = tuple(
-        Output(format=f, config=f.config(contents), shards=lay_out(_specs(works, f), parse_size(recipe.shard_size)))
+        Output(
+            format=f,
+            config=f.config(contents),
+            shards=lay_out(_specs(works, f), parse_size(recipe.shard_size), stacks=_stacks(layers, f)),
+        )
         for f in settled
     )
     return Plan(
@@ -394,9 +399,42 @@ def _check_measured(works: Sequence[Work]) -> None:
         )
 
 
+def _stacks(layers: Sequence[Layer], format: Format) -> dict[str, tuple[str, int]]:
+    """The tensors of experts that a format has in one, and where."""
+    found: dict[str, tuple[str, int]] = {}
+    for layer in layers:
+        stack = format.stack(layer.name)
+        if stack is not None:
+            found |= {f"{layer.name}.{s.name}": (f"{stack[0]}.{s.name}", stack[1]) for s in format.outputs(layer)}
+    return found
+
+
+def _check_stacks(layers: Sequence[Layer], choices: Mapping[str, Choice], formats: Sequence[Format]) -> None:
+    """Experts that share a tensor are all rounded, and alike."""
+    schemes = {layer.name: layer.scheme for layer in layers}
+    problems: list[str] = []
+    for format in formats:
+        stacks: dict[str, dict[int, str]] = {}
+        for name in choices:
+            stack = format.stack(name)
+            if stack is not None:
+                stacks.setdefault(stack[0], {})[stack[1]] = name
+        for stack_name, members in stacks.items():
+            kinds = Counter(schemes[name].name if name in schemes else "kept" for name in members.values())
+            if len(kinds) > 1 or (set(members) != set(range(len(members))) and "kept" not in kinds):
+                problems.append(
+                    f"{format.name} holds the {len(members)} experts of {stack_name} in one tensor, and they are "
+                    f"{', '.join(f'{count} {kind}' for kind, count in kinds.items())}. Give them one scheme."
+                )
+    if problems:
+        raise PlanError(problems)
+
+
 def _check_names(works: Sequence[Work], formats: Sequence[Format], source: str) -> None:
     """A file holds a name once, and a journal too."""
-    for names in ([w.name for w in works], *([s.name for s in _specs(works, f)] for f in formats)):
+    layers = [layer for work in works for layer in work.rounded]
+    files = [stacked(_specs(works, f), _stacks(layers, f)) for f in formats]
+    for names in ([w.name for w in works], *([s.name for s in specs] for specs in files)):
         if len(set(names)) < len(names):
             double = Counter(names).most_common(1)[0][0]
             raise PlanError(
@@ -470,11 +508,7 @@ def _notes(
             "the output head is rounded, so it no longer shares the embedding's tensor: tie_word_embeddings "
             "becomes false"
         )
-    same = sum(
-        1
-        for layer in layers
-        if layer.stored.scheme is not None and layer.stored.scheme.weight.equals(layer.scheme.weight)
-    )
+    same = sum(layer.moves for layer in layers)
     if same:
         notes.append(f"{same} layers are on the asked grid already: their codes are moved over without rounding")
     if checkpoint.dropped:

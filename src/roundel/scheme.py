@@ -9,9 +9,11 @@ here and nowhere else.
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from typing import Literal
 
 from roundel.errors import RecipeError, nearest
@@ -40,6 +42,7 @@ NF4_VALUES = (
 E0M3_VALUES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, -0.0, -0.25, -0.5, -0.75, -1.0, -1.25, -1.5, -1.75)
 IQ4NL_VALUES = tuple(map(float, (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)))
 TERNARY_VALUES = (-1.0, 0.0, 1.0, 2.0)  # the last has a code in two bits and is never written
+FP4_VALUES = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25)
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
@@ -48,7 +51,7 @@ class Element:
     """What one code means.
 
     name     "int4" (signed), "uint4" (with a zero point), "e2m1", "e4m3", "e8m0", "e0m3" (quarters with a sign), "nf4",
-             "iq4nl", "ternary"
+             "iq4nl", "ternary"; "fp4" and "dynamic8", which are bitsandbytes'
     bits     stored bits per code
     lo, hi   smallest and largest code of an integer; smallest and largest value of a float
     values   the value of code 0, 1, 2 ... where codes are indices into a table; else None and a code is its own value
@@ -65,6 +68,26 @@ class Element:
         return "int" in self.name
 
 
+def _dynamic_values() -> tuple[float, ...]:
+    """bitsandbytes' signed dynamic map (Dettmers et al. 2021, arXiv:2110.02861): seven decades, each with twice as many
+    values, evenly spaced, as the one below; 0 and 1. Rounded to float32 step by step, as theirs is."""
+
+    def single(value: float) -> float:
+        return float(struct.unpack("f", struct.pack("f", value))[0])
+
+    found, low = [0.0, 1.0], single(0.1)
+    for decade in range(7):
+        count = 2**decade
+        step = single(single(1.0 - low) / count)
+        ends = [
+            single(low + step * i) if i <= count // 2 else single(1.0 - step * (count - i)) for i in range(count + 1)
+        ]
+        for left, right in pairwise(ends):
+            value = single(single(10 ** (decade - 6)) * single(single(left + right) / 2))
+            found += [value, -value]
+    return tuple(sorted(found))
+
+
 def _elements() -> dict[str, Element]:
     signed = [Element(name=f"int{b}", bits=b, lo=-(2 ** (b - 1)), hi=2 ** (b - 1) - 1) for b in range(1, 9)]
     unsigned = [Element(name=f"uint{b}", bits=b, lo=0, hi=2**b - 1) for b in range(1, 9)]
@@ -74,6 +97,8 @@ def _elements() -> dict[str, Element]:
         Element(name="nf4", bits=4, lo=-1.0, hi=1.0, values=NF4_VALUES),
         Element(name="iq4nl", bits=4, lo=-127.0, hi=113.0, values=IQ4NL_VALUES),
         Element(name="ternary", bits=2, lo=-1.0, hi=1.0, values=TERNARY_VALUES),
+        Element(name="fp4", bits=4, lo=-1.0, hi=1.0, values=(*FP4_VALUES, 0.0, *(-v for v in FP4_VALUES[1:]))),
+        Element(name="dynamic8", bits=8, lo=-1.0, hi=1.0, values=_dynamic_values()),
         Element(name="e4m3", bits=8, lo=-448.0, hi=448.0),
         Element(name="e8m0", bits=8, lo=2.0**-127, hi=2.0**127),
     ]
@@ -98,6 +123,8 @@ class Grid:
                 "rceil", the ceiling of log2(max / largest element)
     lowest_zero the smallest zero point a format can store: 1 where readers cannot represent 0 (GPTQ v1)
     rule        whose plain rounding it is: "range" fits scales to each block's range, "ggml" is that of ggml's types
+    flat        blocks run on from row to row, without regard to where rows end (bitsandbytes)
+    zero        what means 0.0 in an asymmetric block without an offset: a "code", or a "float" in its place (HQQ)
     """
 
     element: Element
@@ -108,6 +135,8 @@ class Grid:
     exponent: Literal["floor", "rceil"] = "floor"
     lowest_zero: int = 0
     rule: Literal["range", "ggml"] = "range"
+    zero: Literal["code", "float"] = "code"
+    flat: bool = False
 
     @property
     def is_plain_integer(self) -> bool:
@@ -132,6 +161,8 @@ class Grid:
 
     def blocks(self, shape: tuple[int, int]) -> tuple[int, int]:
         """How many blocks a matrix of this shape has along [out, in]."""
+        if self.flat:
+            return 1, -(-shape[0] * shape[1] // self.block[1])
         rows, columns = self.block_of(shape)
         return -(-shape[0] // rows), -(-shape[1] // columns)
 
@@ -143,9 +174,11 @@ class Grid:
         """Stored bits per weight, scales and zero points included."""
         blocks = self.blocks(shape)
         count = blocks[0] * blocks[1]
-        extra = 0.0 if self.symmetric else count * self.element.bits
+        extra = 0.0
         if self.offset is not None:
             extra = _stored_bits(self.offset, blocks)
+        elif not self.symmetric:
+            extra = count * self.element.bits if self.zero == "code" else _stored_bits(self.scale, blocks)
         return self.element.bits + (_stored_bits(self.scale, blocks) + extra) / max(1, shape[0] * shape[1])
 
 
@@ -293,6 +326,13 @@ def _integer_with_inputs(name: str, bits: int, group_size: int, inputs: str) -> 
     return replace(integer_scheme(bits, group_size), name=name, input=_run_time(inputs, (1, 0)))
 
 
+def _table(name: str, element: str, nested: bool = False) -> Scheme:
+    """bitsandbytes' 4 bits: a table times the largest magnitude of 64 weights; nested: these in 8 bits by 256."""
+    scales = Grid(element=ELEMENTS["dynamic8"], block=(1, 256), symmetric=False, scale="F32", offset="F32", flat=True)
+    weight = Grid(element=ELEMENTS[element], block=(1, 64), scale=scales if nested else "F32")
+    return Scheme(name=name, weight=weight)
+
+
 @dataclass(frozen=True)
 class Mix:
     """Two presets by role: routed experts take one, every other layer the other."""
@@ -322,6 +362,8 @@ PRESETS: dict[str, Scheme] = {
         _fp8("FP8_STATIC", (1, 0), (0, 0), dynamic=False),
         _fp8("FP8", (0, 0), (0, 0), dynamic=False),
         _fp8("FPW8A16", (0, 0)),
+        *(_table(name, name.lower()) for name in ("NF4", "FP4")),
+        *(_table(name + "_DQ", name.lower(), nested=True) for name in ("NF4", "FP4")),
     )
 }
 

@@ -126,6 +126,12 @@ def spread(per_block: Tensor, like: QuantizedTensor, part: slice = slice(None)) 
     """One value per block [out/r, in/c] -> one value per weight, of all rows or of a part of them. A last block may be
     cut short."""
     rows, columns = like.grid.block_of(like.shape)
+    if like.grid.flat:
+        out, width = like.shape
+        start, stop, _ = part.indices(out)
+        first = start * width // columns
+        whole = per_block[0, first : -(-stop * width // columns)].repeat_interleave(columns)
+        return whole[start * width - first * columns :][: (stop - start) * width].view(-1, width)
     if rows == 1:
         per_block = per_block[part]
     else:

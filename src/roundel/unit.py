@@ -58,11 +58,13 @@ class Stored:
     format   the name of the Format that unpacks it, or "plain" for a float matrix
     scheme   the grid it is on there; None for "plain"
     parts    part name as the format calls it ("weight", "weight_scale_inv", "qweight") -> where it is
+    permuted whether columns of a group may lie anywhere, as its group index says
     """
 
     format: str = "plain"
     scheme: Scheme | None = None
     parts: Mapping[str, Piece] = field(default_factory=dict)
+    permuted: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,13 @@ class Layer:
     bias: str | None = None
     role: str = "linear"
     permuted: bool = False
+
+    @property
+    def moves(self) -> bool:
+        """Whether it is stored on the grid it is to be on, groups included, so that codes move over as they are. Two
+        things show only when it is read: a zero point that the format cannot hold, and a group index all the same."""
+        stored = self.stored.scheme
+        return stored is not None and stored.weight.equals(self.scheme.weight) and self.stored.permuted <= self.permuted
 
     @property
     def parameters(self) -> int:

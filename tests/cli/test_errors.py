@@ -112,7 +112,7 @@ UNFIT = [
         [
             "2 problems:",
             "model.layers.0.mlp.down_proj [64, 128] (and 13 more): auto_awq stores 4-bit only, W3A16 asks for 3. "
-            "Use format auto_round or auto_gptq, or change these layers",
+            "Use format auto_round, auto_gptq or gptq_v2, or change these layers",
             "llm_compressor needs whole groups, 64 inputs are not divisible by 128",
         ],
     ),

@@ -52,12 +52,13 @@ def test_given_matrices_replace_stored_ones() -> None:
 
 def test_given_matrices_replace_packed_ones(tmp_path: Path) -> None:
     words = torch.zeros(80, 256, dtype=torch.int32)
+    parts = {"qweight": words, "qzeros": torch.zeros(5, 32, dtype=torch.int32), "scales": torch.ones(5, 256)}
     folder = altered(
         tmp_path,
-        {f"{LAYER}.weight": None, f"{LAYER}.qweight": words, f"{LAYER}.scales": torch.ones(5, 256)},
+        {f"{LAYER}.weight": None, **{f"{LAYER}.{part}": tensor for part, tensor in parts.items()}},
         quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128},
     )
-    with pytest.raises(SourceError, match=r"down_proj\.qweight as I32"):
+    with pytest.raises(SourceError, match=r"down_proj\.q(weight|zeros) as I32"):
         float_model(folder)
     matrix = torch.randn(256, 640, generator=torch.Generator().manual_seed(1))
     assert torch.equal(decoded_model(folder, {LAYER: matrix}).state_dict()[f"{LAYER}.weight"], matrix)

@@ -10,6 +10,7 @@ file to write (.npy, float32 [tokens, vocab]), `dtype` is the dtype to ask for, 
     transformers   AutoModelForCausalLM, which hands the checkpoint to whatever its config names
     dequantize     the same, with compressed-tensors told to decode the weights and to leave inputs alone
     gptqmodel      GPTQModel's own loader
+    hqq            a model of transformers with HQQ's own layers in it: transformers 5 itself does not load them
     gptq_torch     AutoModelForCausalLM, with GPTQModel told to use plain torch instead of its fastest kernel
 
 Prints one line of JSON for each job as it ends: name, ok, and `error`, or else `modules` (class of a leaf module -> how
@@ -65,11 +66,33 @@ def with_gptq_torch(folder: str, dtype: torch.dtype) -> Any:
     return with_transformers(folder, dtype, quantization_config=kind(bits=config["bits"], backend=backend))
 
 
+def with_hqq(folder: str, dtype: torch.dtype) -> Any:
+    from hqq.core.quantize import HQQLinear
+    from safetensors.torch import load_file
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    tensors = load_file(Path(folder) / "model.safetensors")
+    for module in [name.removesuffix(".W_q") for name in tensors if name.endswith(".W_q")]:
+        parts = [name for name in tensors if name.startswith(module + ".")]
+        layer = HQQLinear(None, None, compute_dtype=dtype, device="cpu")
+        layer.load_state_dict({name.removeprefix(module + "."): tensors.pop(name) for name in parts})
+        layer.compute_dtype = layer.meta["compute_dtype"] = dtype
+        layer.meta |= {name: layer.meta[name].to(dtype) for name in ("scale", "zero")}
+        model.set_submodule(module, layer)
+    lost = model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    assert not lost.unexpected_keys, lost.unexpected_keys
+    return model.to(dtype)
+
+
 LOADERS: dict[str, Callable[[str, torch.dtype], Any]] = {
     "transformers": with_transformers,
     "dequantize": dequantized,
     "gptqmodel": with_gptqmodel,
     "gptq_torch": with_gptq_torch,
+    "hqq": with_hqq,
 }
 
 

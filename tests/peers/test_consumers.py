@@ -44,10 +44,16 @@ CONSUMERS = {
     "auto_round": "auto-round",
     "llm_compressor": "auto-round",
     "auto_gptq": "gptqmodel",
+    "gptq_v2": "gptqmodel",
     "auto_awq": "gptqmodel",
     "fp8": "auto-round",
     "fake": "auto-round",
+    "mlx": "mlx",
+    "auto_round:mlx": "mlx",
+    "bnb": "bnb",
+    "hqq": "hqq",
 }
+LOADER_OF = {"mlx": "load_mlx.py"}  # of a consumer, where it is not load_checkpoint.py
 NEAR = 1e-4  # KL of arithmetic alone, in nats; most cases are exact
 FAR = 1e-2  # KL that a control has at least
 
@@ -60,7 +66,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_odd": ("llama", {"hidden_size": 192, "intermediate_size": 352, "head_dim": 48, "vocab_size": 512}),
     "opt": ("opt", {"hidden_size": 256, "ffn_dim": 512, "word_embed_proj_dim": 256, "vocab_size": 512}),
     "opt_narrow": ("opt", {"hidden_size": 256, "ffn_dim": 512, "word_embed_proj_dim": 128, "vocab_size": 512}),
-    "qwen3_moe": ("qwen3_moe", LLAMA | {"moe_intermediate_size": 128}),
+    "qwen3": ("qwen3", LLAMA),
+    "qwen3_moe": ("qwen3_moe", LLAMA | {"moe_intermediate_size": 128, "norm_topk_prob": False}),
     "mixtral": ("mixtral", LLAMA | {"intermediate_size": 256}),
 }
 
@@ -120,6 +127,12 @@ SPOILERS: dict[str, Callable[[Path], None]] = {
     "weight_nibbles": spoil_tensors("qweight", swap_nibbles),
     "mx_nibbles": spoil_tensors("weight_packed", swap_nibbles),
     "scales": spoil_tensors("scales", lambda t: t.flip(1)),
+    "mlx_nibbles": spoil_tensors("weight", lambda t: swap_nibbles(t) if t.dtype == torch.uint32 else t),
+    "mlx_biases": spoil_tensors("biases", lambda t: t * 0.75),
+    "hqq_codes": spoil_tensors("W_q", swap_nibbles),
+    "hqq_zeros": spoil_tensors("zero", lambda t: t - 1),
+    "bnb_nibbles": spoil_tensors("weight", lambda t: swap_nibbles(t) if t.dtype == torch.uint8 else t),
+    "bnb_scales": spoil_tensors("weight.absmax", lambda t: t.flip(0)),
     "mx_scales": spoil_tensors("weight_scale", lambda t: t + 1),
     "scales_of_rows": spoil_tensors("weight_scale", lambda t: t.flip(0)),
     "scales_of_blocks": spoil_tensors("weight_scale_inv", lambda t: t * 2),
@@ -145,6 +158,12 @@ LAYOUTS_MIXED = {
         "model.layers.1.mlp.up_proj": {"bits": 16},
     }
 }
+EMBEDDING = {"layer_config": {"model.embed_tokens": {"bits": 8}}}
+MLX_OF_AUTO_ROUND: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("llama", MIXED | KEPT),
+    ("llama", ASYM),
+    ("qwen3_moe", {}),
+)
 MX_MIXED = {"layer_config": {"down_proj": {"scheme": "MXFP8"}, "model.layers.1.mlp.up_proj": {"bits": 16}}}
 
 
@@ -222,6 +241,32 @@ def fp8() -> list[Case]:
     ]
 
 
+def mlx() -> list[Case]:
+    """mlx-lm, computing in float32 as our decode does; once with what the file holds."""
+    own: dict[str, Any] = {"format": "mlx", "loader": "mlx"}
+    widths = [Case(**own, scheme=f"W{bits}A16", options=o) for bits in (2, 3, 4, 5, 6, 8) for o in ({}, ASYM)]
+    groups = [Case(**own, options={"group_size": size} | o) for size in (32, 64) for o in ({}, ASYM)]
+    options = [Case(**own, options=o) for o in (MIXED, MIXED | ASYM, KEPT, HEAD, EMBEDDING)]
+    models = [Case(**own, model=m) for m in ("llama_tied", "qwen3", "qwen3_moe", "mixtral", "tinybook")]
+    models += [Case(**own, model="llama_tied", options=o) for o in (HEAD, EMBEDDING)]
+    auto_round = [Case(**own | {"format": "auto_round:mlx"}, model=m, options=o) for m, o in MLX_OF_AUTO_ROUND]
+    return [*widths, *groups, *options, *models, *auto_round]
+
+
+def bnb() -> list[Case]:
+    """bitsandbytes decodes to the dtype that the file names, the source's, whatever it computes in."""
+    own: dict[str, Any] = {"format": "bnb", "scheme": "NF4"}
+    schemes = [Case(**own | {"scheme": s}, dtype="bfloat16") for s in ("NF4", "FP4", "NF4_DQ", "FP4_DQ")]
+    options = [Case(**own, dtype="bfloat16", options=o) for o in (KEPT, {"layer_config": {"down_proj": "FP4"}})]
+    return [*schemes, *options, *(Case(**own, model=m, dtype="bfloat16") for m in ("llama_tied", "qwen3", "tinybook"))]
+
+
+def hqq() -> list[Case]:
+    own: dict[str, Any] = {"format": "hqq", "loader": "hqq"}
+    widths = [Case(**own, scheme=f"W{bits}A16G64", options=o) for bits in (2, 3, 4, 5, 6, 8) for o in ({}, ASYM)]
+    return [*widths, *(Case(**own, options=o) for o in (MIXED, KEPT, HEAD)), Case(**own, model="opt")]
+
+
 OWN: dict[str, Any] = {"loader": "gptqmodel", "dtype": "float16"}
 LOADED = (
     *auto_round(),
@@ -236,6 +281,11 @@ LOADED = (
     *compressed_layouts(),
     *fp8(),
     *(Case(format="fake", scheme=s, dtype="bfloat16") for s in ("W4A16", "NVFP4A16")),
+    *mlx(),
+    *bnb(),
+    *hqq(),
+    *(Case(format="gptq_v2", scheme=s, options=o) for s in ("W2A16", "W3A16", "W4A16", "W8A16") for o in ({}, ASYM)),
+    *(Case(format="gptq_v2", **OWN, options=o) for o in ({}, ASYM, MIXED)),
 )
 CONTROLS = (
     Case(scheme="W2A16", options=ASYM, spoilt="zeros_as_gptq"),
@@ -251,6 +301,9 @@ CONTROLS = (
     *(Case(format="llm_compressor", scheme=s, dtype="bfloat16", spoilt="mx_nibbles") for s in ("W4A16", "NVFP4A16")),
     Case(format="llm_compressor", scheme="FP8_DYNAMIC", dtype="bfloat16", spoilt="scales_of_rows"),
     Case(format="fp8", scheme="FP8_BLOCK", dtype="bfloat16", spoilt="scales_of_blocks"),
+    *(Case(format="bnb", scheme="NF4", dtype="bfloat16", spoilt=s) for s in ("bnb_nibbles", "bnb_scales")),
+    *(Case(format="hqq", loader="hqq", spoilt=s) for s in ("hqq_codes", "hqq_zeros")),
+    *(Case(format="mlx", loader="mlx", spoilt=s) for s in ("mlx_nibbles", "scales", "mlx_biases")),
 )
 RENAMED = "its model has gate_proj, up_proj, down_proj and no way to find them under w1, w3, w2"
 KERNEL = "its 4-bit CPU kernel takes whole groups of 32, 64, 128 or 256; `backend='torch'` does without it"
@@ -260,6 +313,10 @@ WHOLE_BLOCKS = "decoding, it divides a matrix evenly among its scales"
 ONE = "it decodes all layers by one group of the config"
 FUSED = "transformers holds the experts in one tensor, which optimum and its AWQ route leave uninitialised"
 LIMITS = (
+    Case(format="bnb", scheme="NF4", dtype="float16", model="opt", limit="it stops at an assertion"),
+    Case(format="hqq", limit="transformers 5 has no HQQ"),
+    Case(format="bnb", scheme="NF4", dtype="bfloat16", options=HEAD, limit="transformers keeps the head"),
+    Case(format="bnb", scheme="NF4", dtype="bfloat16", model="qwen3_moe", limit=FUSED),
     Case(model="mixtral", limit=RENAMED),
     Case(model="llama_odd", limit="without whole groups it falls to a class for simulation, which fails"),
     Case(format="auto_gptq", options=MIXED, limit="optimum does not read `dynamic`"),
@@ -296,7 +353,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
         if python_of(consumer).exists():
             jobs = [make_job(c, sources[c.model], work / c.name) for c in CASES if CONSUMERS[c.format] == consumer]
             (work / "jobs.json").write_text(json.dumps(sorted(jobs, key=lambda job: str(job["process"]))))
-            command = [str(python_of(consumer)), str(HERE / "load_checkpoint.py"), str(work / "jobs.json")]
+            command = [
+                str(python_of(consumer)),
+                str(HERE / LOADER_OF.get(consumer, "load_checkpoint.py")),
+                str(work / "jobs.json"),
+            ]
             with (work / f"{consumer}.log").open("w") as log:
                 lines = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, check=True).stdout
             said = {result["name"]: result for result in map(json.loads, lines.splitlines())}

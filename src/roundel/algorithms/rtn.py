@@ -29,9 +29,9 @@ class Rtn(Algorithm):
         if grid.is_plain_integer or grid.rule == "ggml":
             known = grid.block[0] == 1
         elif grid.scale == "E8M0" or isinstance(grid.scale, Grid):
-            known = grid.block[0] == 1 and grid.element.name in ("e0m3", "e2m1", "e4m3")
+            known = grid.block[0] == 1 and grid.element.name in ("e0m3", "e2m1", "e4m3", "nf4", "fp4")
         else:
-            known = grid.element.name == "e4m3"
+            known = grid.element.name == "e4m3" or grid.element.is_integer or grid.element.name in ("nf4", "fp4")
         return misfit(layer) if known else f"rtn has no rule for {layer.scheme.name}"
 
     def quantize(self, unit: Unit) -> dict[str, Rounded]:

@@ -39,7 +39,7 @@ def _schemes() -> None:
             name,
             grid.element.name,
             describe_block(grid.block),
-            _scale(grid),
+            _scale(grid.scale),
             f"{grid.bits_per_weight((4096, 4096)):.3f}",
             _inputs(scheme),
         )
@@ -52,12 +52,6 @@ def _schemes() -> None:
     )
 
 
-def _scale(grid: Grid) -> str:
-    if isinstance(grid.scale, str):
-        return grid.scale
-    return f"{grid.scale.element.name} under one {grid.scale.scale}"
-
-
 def _inputs(scheme: Scheme) -> str:
     from roundel.scheme import describe_block
 
@@ -66,6 +60,14 @@ def _inputs(scheme: Scheme) -> str:
     block = describe_block(scheme.input.block).replace("channel", "token")
     ceiling = ", exponents rounded up" if scheme.input.exponent == "rceil" else ""
     return f"{scheme.input.element.name}, {block}{ceiling}{', scale stored' if scheme.stores_input_scale else ''}"
+
+
+def _scale(scale: str | Grid) -> str:
+    """`F16`, or `dynamic8 by 256 (F32)` for scales that are on a grid themselves."""
+    if isinstance(scale, str):
+        return scale
+    block = f"by {scale.block[1]}" if scale.block[1] else "by tensor"
+    return f"{scale.element.name} {block} ({_scale(scale.scale)})"
 
 
 def _formats(why: bool, markdown: bool) -> None:

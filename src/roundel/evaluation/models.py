@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from roundel.checkpoint import Checkpoint, open_checkpoint
 from roundel.errors import RecipeError, SourceError
 from roundel.evaluation.perplexity import Tokenizer
-from roundel.io.source import Source, open_source
 from roundel.tensor import FLOAT_DTYPES, torch_dtype
 from roundel.unit import Piece
 
@@ -40,11 +40,12 @@ def decoded_model(source_folder: Path, weights: Mapping[str, Tensor]) -> nn.Modu
     folder may be quantized itself where `weights` covers all of its quantized layers.
     Raises SourceError as `float_model` does, and when a name or a shape is not the checkpoint's.
     """
-    source = open_source(source_folder)
+    checkpoint = open_checkpoint(source_folder)
+    source = checkpoint.source
     try:
-        tensors = _tensors(source, weights)
+        tensors = _tensors(checkpoint, weights)
     finally:
-        source.close()
+        checkpoint.close()
     settings = {key: value for key, value in source.config.items() if key != "quantization_config"}
     with _quiet():
         return _assembled(source.name, settings, tensors)
@@ -115,12 +116,17 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     return found.clamp(max=logits.shape[-1] - 1)
 
 
-def _tensors(source: Source, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _tensors(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Every tensor of the model by its stored name, given matrices in place of what they replace."""
+    source = checkpoint.source
     found: dict[str, Tensor] = {}
-    replaced: set[str] = set()
+    packed = {name: m for name, m in checkpoint.matrices.items() if name in weights and m.stored.format != "plain"}
+    parts = {piece.tensor for matrix in packed.values() for piece in matrix.stored.parts.values()}
+    replaced: set[str] = set(packed)
     for name, spec in source.tensors.items():
         layer, _, part = name.rpartition(".")
+        if name in parts:
+            continue
         if layer in weights and part != "bias":
             if part == "weight" and spec.dtype in FLOAT_DTYPES and spec.shape != tuple(weights[layer].shape):
                 raise SourceError(

@@ -6,22 +6,42 @@ from collections.abc import Mapping
 
 from roundel.errors import RecipeError, SourceError, nearest
 from roundel.formats.autoround import AutoRound
+from roundel.formats.autoround_mlx import AutoRoundMlx
 from roundel.formats.awq import AutoAwq
+from roundel.formats.bnb import Bnb
 from roundel.formats.compressed_tensors import CompressedTensors
 from roundel.formats.fake import Fake
 from roundel.formats.format import Contents, Format, Found, WordLayout
 from roundel.formats.fp8 import Fp8, ModelOpt
 from roundel.formats.gpt_oss import Mxfp4Blocks
-from roundel.formats.gptq import AutoGptq
+from roundel.formats.gptq import AutoGptq, GptqV2
+from roundel.formats.hqq import Hqq
+from roundel.formats.mlx import Mlx
 
 __all__ = ["FORMATS", "Contents", "Format", "Found", "WordLayout", "format_named", "reader_of"]
 
 FORMATS: dict[str, Format] = {
     f.name: f
-    for f in (AutoRound(), AutoGptq(), AutoAwq(), CompressedTensors(), Fp8(), Fake(), ModelOpt(), Mxfp4Blocks())
+    for f in (
+        AutoRound(),
+        AutoGptq(),
+        GptqV2(),
+        AutoAwq(),
+        CompressedTensors(),
+        Mlx(),
+        AutoRoundMlx(),
+        Bnb(),
+        Hqq(),
+        Fp8(),
+        Fake(),
+        ModelOpt(),
+        Mxfp4Blocks(),
+    )
 }
 _ALIASES = {
+    "bitsandbytes": "bnb",
     "gptq": "auto_gptq",
+    "auto_gptq_v2": "gptq_v2",
     "awq": "auto_awq",
     "auto-round": "auto_round",
     "compressed-tensors": "llm_compressor",
@@ -47,7 +67,8 @@ def reader_of(config: Mapping[str, object]) -> Format | None:
 
     Raises SourceError when it is quantized in a way that is not read.
     """
-    quantization = config.get("quantization_config") or config.get("compression_config")
+    names = ("quantization_config", "compression_config", "quantization")
+    quantization = next((found for name in names if (found := config.get(name))), None)
     if not isinstance(quantization, Mapping):
         return None
     for format in FORMATS.values():

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from roundel.errors import PlanError, SourceError
+from roundel.formats.autoround_mlx import MLX_PACKING
 from roundel.formats.floats import (
     find_fp8,
     find_nvfp4,
@@ -152,6 +153,8 @@ class AutoRound(Format):
         if quantization.get("quant_method") not in ("auto-round", "intel/auto-round"):
             return None
         packing = str(quantization.get("packing_format", "auto_round:gptq"))
+        if packing == MLX_PACKING:
+            return None
         known = (*LAYOUTS, FLOAT_PACKING, STATIC_PACKING)
         if packing not in known:
             raise SourceError(f"AutoRound packing {packing!r} is not read. Read are {', '.join(known)}.")

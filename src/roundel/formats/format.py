@@ -5,7 +5,7 @@ A stored layer is a handful of tensors called *parts*: the tensor `NAME.PART` fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -42,11 +42,13 @@ class Contents:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """A layer recognized among stored tensors: its shape, its grid, and which parts belong to it."""
+    """A layer recognized among stored tensors: its shape, its grid, which parts belong to it, and whether the columns
+    of a group may lie anywhere (a group index is among the parts)."""
 
     shape: tuple[int, int]
     scheme: Scheme
     parts: tuple[str, ...]
+    permuted: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,7 @@ class Format(Protocol):
     name: ClassVar[str]
     summary: ClassVar[str]
     writes: ClassVar[bool] = True
+    compound: ClassVar[tuple[str, ...]] = ()  # part names that have a dot in them: "weight.absmax"
 
     def refuse(self, layer: Layer) -> str | None:
         """Why this layer cannot be stored, or None. Asked at plan time, and for the support matrix."""
@@ -105,6 +108,10 @@ class Format(Protocol):
         """The `quantization_config` a loader must find in config.json."""
         raise GridError(f"{self.name} is only read")
 
+    def settings(self, source: Mapping[str, object], quantization: Mapping[str, object]) -> dict[str, object]:
+        """What config.json holds: the source's config, which has no quantization, and what `config` returned."""
+        return {**source, "quantization_config": quantization} if quantization else dict(source)
+
     def caveats(self, contents: Contents) -> tuple[str, ...]:
         """What a reader of this format is known not to load, or to load wrong without a word. Notes of the plan."""
         return ()
@@ -113,9 +120,27 @@ class Format(Protocol):
         """A reader for a checkpoint with this `quantization_config`, or None when it is another format's."""
         ...
 
+    def known(
+        self, module: str, parts: Mapping[str, TensorSpec], read: Callable[[str], bytes]
+    ) -> Mapping[str, TensorSpec]:
+        """A module's parts as `find` takes them: those of the file's header, where that is enough.
+
+        read   the bytes of a part
+        """
+        return parts
+
     def find(self, module: str, parts: Mapping[str, TensorSpec]) -> Found | None:
         """Whether these tensors are one layer of this format. Raises SourceError when one of them is missing."""
         ...
+
+    def stack(self, module: str) -> tuple[str, int] | None:
+        """For a format that has all experts of a block in one tensor [experts, ...]: the name of the module that holds
+        them, and this expert's index there. None for a module that stands by itself."""
+        return None
+
+    def unstacked(self, module: str) -> str | None:
+        """The inverse: the name of one of the modules that a stack holds, with {index} in it; None for no stack."""
+        return None
 
     def words(self, layer: Layer) -> WordLayout | None:
         """The word layout, where the format stores this layer in one; None otherwise."""

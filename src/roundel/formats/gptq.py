@@ -1,8 +1,8 @@
-"""auto_gptq: GPTQ checkpoints (version 1), as GPTQModel, transformers and vLLM read them.
+"""auto_gptq and gptq_v2: GPTQ checkpoints of both versions, as GPTQModel, transformers and vLLM read them.
 
-Version 1 stores each zero point minus one. A zero point of 0 would be stored as the largest code, and readers that
-add one to whole words then carry into the neighbouring field; so asymmetric grids for this format never use 0
-(`lowest_zero`). g_idx is always written: readers exist that index uninitialised memory without it.
+Version 2 stores zero points as they are. Version 1 stores each minus one: a zero point of 0 would be the largest code,
+and readers that add one to whole words then carry into the neighbouring field; so asymmetric grids for version 1 never
+use 0 (`lowest_zero`). g_idx is always written: readers exist that index uninitialised memory without it.
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ from roundel.unit import Layer
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["AutoGptq"]
+__all__ = ["AutoGptq", "GptqV2"]
 
 
 VERSION_1 = WordLayout(order="gptq", zero_offset=1, group_index=True)
+VERSION_2 = WordLayout(order="gptq", group_index=True)
 
 
 @dataclass(frozen=True)
 class AutoGptq(Format):
-    """GPTQ version 1; reads version 2 too."""
+    """GPTQ version 1."""
 
     name: ClassVar[str] = "auto_gptq"
     summary: ClassVar[str] = "GPTQ v1: GPTQModel, transformers, vLLM"
-    layout: WordLayout = VERSION_1
+    layout: ClassVar[WordLayout] = VERSION_1
+    checkpoint_format: ClassVar[str] = "gptq"
     quantization: Mapping[str, object] = field(default_factory=dict)
 
     def refuse(self, layer: Layer) -> str | None:
@@ -75,7 +77,7 @@ class AutoGptq(Format):
                 }
         found: dict[str, object] = {
             "bits": default.bits,
-            "checkpoint_format": "gptq",
+            "checkpoint_format": self.checkpoint_format,
             "damp_percent": 0.01,
             "data_type": "int",
             "desc_act": any(layer.permuted for layer in contents.layers),
@@ -103,20 +105,33 @@ class AutoGptq(Format):
             found.append("transformers leaves the experts of GPTQ files uninitialised; GPTQModel loads them")
         if any(layer.scheme != default for layer in contents.layers):
             found.append("transformers reads one scheme from a GPTQ file; GPTQModel reads several")
-        if not default.weight.symmetric:
+        if not default.weight.symmetric and self.layout == VERSION_1:
             found.append("GPTQModel's own loader refuses asymmetric files of others; transformers reads them")
-        return tuple(f"auto_gptq: {text}" for text in found)
+        return tuple(f"{self.name}: {text}" for text in found)
 
     def recognize(self, quantization: Mapping[str, object]) -> Format | None:
         if quantization.get("quant_method") not in ("gptq", "gptqmodel"):
             return None
         version_2 = quantization.get("checkpoint_format") == "gptq_v2"
-        return AutoGptq(layout=replace(self.layout, zero_offset=0 if version_2 else 1), quantization=quantization)
+        return GptqV2(quantization) if version_2 else AutoGptq(quantization)
 
     def find(self, module: str, parts: Mapping[str, TensorSpec]) -> Found | None:
         dynamic = self.quantization.get("dynamic")
         here = {**self.quantization, **matching_override(module, dynamic if isinstance(dynamic, Mapping) else {})}
         return find_words(module, parts, self.layout, here, bool(here.get("sym", True)))
+
+
+@dataclass(frozen=True)
+class GptqV2(AutoGptq):
+    """GPTQ version 2: any zero point, which fewer readers take."""
+
+    name: ClassVar[str] = "gptq_v2"
+    summary: ClassVar[str] = "GPTQ v2: GPTQModel, transformers"
+    layout: ClassVar[WordLayout] = VERSION_2
+    checkpoint_format: ClassVar[str] = "gptq_v2"
+
+    def grid_of(self, scheme: Scheme) -> Scheme:
+        return scheme
 
 
 def _modules_inside(contents: Contents) -> list[list[str]] | None:

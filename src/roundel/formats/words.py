@@ -184,7 +184,8 @@ def find_words(
     scheme = integer_scheme(bits, group_size or -1, symmetric)
     if parts["scales"].dtype != "F16":  # other tools write bfloat16 too; codes move over only onto the same scales
         scheme = replace(scheme, weight=replace(scheme.weight, scale=parts["scales"].dtype))
-    return Found(shape=(out, width), scheme=scheme, parts=used)
+    permuted = "g_idx" in used and bool(settings.get("desc_act"))
+    return Found(shape=(out, width), scheme=scheme, parts=used, permuted=permuted)
 
 
 def _bits(declared: object, out: int, words: int) -> int:

@@ -14,13 +14,23 @@ import reprlib
 import struct
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from roundel.errors import OutputError, SourceError
 from roundel.tensor import ITEMSIZE, TensorSpec
 
-__all__ = ["HEADER_LIMIT", "Place", "Shard", "ShardLayout", "lay_out", "parse_header", "raw_header"]
+__all__ = [
+    "HEADER_LIMIT",
+    "Place",
+    "Shard",
+    "ShardLayout",
+    "Stacks",
+    "lay_out",
+    "parse_header",
+    "raw_header",
+    "stacked",
+]
 
 HEADER_LIMIT = 100_000_000  # bytes; the reference reader's own limit
 _AXES_LIMIT = 64  # what torch and numpy can hold
@@ -134,21 +144,71 @@ def _broken(file_name: str, why: str) -> SourceError:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """One output file before it exists: its name, its header's bytes, the place of every tensor, and how many zeros
-    follow the last."""
+    """One output file before it exists: its name, its header's bytes, the place of every tensor.
+
+    tail      how many zeros follow the last tensor
+    members   the places of tensors that are written by themselves and lie, in the file, as parts of a stacked one
+    """
 
     name: str
     header: bytes
     places: Mapping[str, Place]
     tail: int = 0
+    members: Mapping[str, Place] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         return max((p.end for p in self.places.values()), default=len(self.header)) + self.tail
 
 
-def lay_out(specs: Sequence[TensorSpec], shard_bytes: int, stem: str = "model") -> tuple[ShardLayout, ...]:
+Stacks = Mapping[str, tuple[str, int]]  # a tensor's name -> the stacked tensor it is a part of, and its index there
+
+
+def stacked(specs: Sequence[TensorSpec], stacks: Stacks) -> list[TensorSpec]:
+    """The tensors that a file holds: members of a stack give way, at the first one's turn, to one [members, ...].
+
+    The members of a stack are all there, and alike.
+    """
+    members: dict[str, list[TensorSpec]] = {}
+    found: list[TensorSpec | str] = []
+    for spec in specs:
+        if spec.name not in stacks:
+            found.append(spec)
+            continue
+        name = stacks[spec.name][0]
+        if name not in members:
+            found.append(name)
+        members.setdefault(name, []).append(spec)
+    return [_stack(f, members[f]) if isinstance(f, str) else f for f in found]
+
+
+def _stack(name: str, members: Sequence[TensorSpec]) -> TensorSpec:
+    first = members[0]
+    assert all((m.dtype, m.shape) == (first.dtype, first.shape) for m in members), f"{name}: its members are not alike"
+    return TensorSpec(name, first.dtype, (len(members), *first.shape))
+
+
+def lay_out(
+    specs: Sequence[TensorSpec], shard_bytes: int, stem: str = "model", stacks: Stacks | None = None
+) -> tuple[ShardLayout, ...]:
     """Tensors into files of at most `shard_bytes` (a larger tensor gets a file of its own), in the order given."""
+    layouts = _lay_out(stacked(specs, stacks or {}), shard_bytes, stem)
+    if not stacks:
+        return layouts
+    return tuple(replace(layout, members=_members(layout, specs, stacks)) for layout in layouts)
+
+
+def _members(layout: ShardLayout, specs: Iterable[TensorSpec], stacks: Stacks) -> dict[str, Place]:
+    found = {}
+    for spec in specs:
+        name, index = stacks.get(spec.name, ("", 0))
+        if name in layout.places:
+            begin = layout.places[name].begin + index * spec.nbytes
+            found[spec.name] = Place(spec, begin, begin + spec.nbytes)
+    return found
+
+
+def _lay_out(specs: Sequence[TensorSpec], shard_bytes: int, stem: str) -> tuple[ShardLayout, ...]:
     groups: list[list[TensorSpec]] = [[]]
     filled = 0
     for spec in specs:
@@ -210,8 +270,8 @@ class Shard:
             ) from error
 
     def put(self, name: str, data: memoryview | bytes, offset: int = 0) -> None:
-        """Write bytes of one tensor, `offset` bytes into it."""
-        place = self.layout.places[name]
+        """Write bytes of one tensor, or of a member of a stacked one, `offset` bytes into it."""
+        place = self.layout.places.get(name) or self.layout.members[name]
         assert place.begin + offset + len(data) <= place.end, f"{name}: bytes leave its place"
         self._write(data, place.begin + offset)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from roundel.ops.fit import blocked, fit_asymmetric, fit_largest, fit_power_of_two, fit_symmetric, grouped
 from roundel.ops.minifloat import decode_e8m0, round_e0m3, round_e2m1, round_e4m3
+from roundel.ops.table import TABLES, fit_table, round_table
 from roundel.scheme import BLOCK_NAMES, Grid
 from roundel.tensor import QuantizedTensor, plain
 
@@ -20,7 +21,8 @@ def encode(weight: Tensor, grid: Grid) -> QuantizedTensor:
 
     weight   [out, in], any float dtype, finite; rounded as float32
     grid     integers; e2m1, e4m3 or e0m3 with power-of-two scales; e2m1 with e4m3 scales and one float for the matrix
-             (NVFP4); e4m3 with float scales (FP8); ggml's block types. Blocks are (1, n) or (1, 0), of FP8 any
+             (NVFP4); e4m3 with float scales (FP8); ggml's block types; bitsandbytes' tables. Blocks are (1, n) or
+             (1, 0), of FP8 any
     """
     from roundel.ops import use_kernels
 
@@ -48,6 +50,8 @@ def encode_reference(weight: Tensor, grid: Grid) -> QuantizedTensor:
     """`encode` in plain torch, on any device."""
     out, width = weight.shape
     rows, columns = grid.block_of((out, width))
+    if grid.element.name in TABLES:
+        return encode_scaled(weight, grid, fit_table(grouped(weight.float(), columns), grid.scale))
     if not grid.element.is_integer and isinstance(grid.scale, str) and grid.scale != "E8M0":
         return encode_scaled(weight, grid, fit_largest(blocked(weight.float(), (rows, columns)), grid))
     assert rows == 1, "only FP8 has blocks of several rows"
@@ -64,8 +68,8 @@ def encode_reference(weight: Tensor, grid: Grid) -> QuantizedTensor:
 def encode_scaled(
     weight: Tensor, grid: Grid, scale: Tensor | QuantizedTensor, zero: Tensor | None = None
 ) -> QuantizedTensor:
-    """Round a matrix with scales and zero points that are given as they are stored; an NVFP4 block of scale 0 becomes
-    0."""
+    """Round a matrix with scales and zero points that are given as they are stored; a block of scale 0, where
+    that can be, becomes 0."""
     out, width = weight.shape
     rows, columns = grid.block_of((out, width))
     if rows > 1:
@@ -73,7 +77,7 @@ def encode_scaled(
         steps = scale.float().repeat_interleave(rows, 0)[:out].repeat_interleave(columns, 1)[:, :width]
         return QuantizedTensor(grid=grid, codes=ROUND[grid.element.name](weight.float() / steps), scale=scale)
     groups = grouped(weight.float(), columns)
-    if isinstance(scale, QuantizedTensor):
+    if grid.element.name in TABLES or isinstance(scale, QuantizedTensor):
         steps = plain(scale)
         scaled = groups * torch.where(steps == 0, 0.0, 1 / steps)[..., None]
     elif grid.scale == "E8M0":
@@ -84,6 +88,8 @@ def encode_scaled(
         shift = 0.0 if zero is None else zero.float()[..., None]
         whole = (torch.round(scaled) + shift).clamp(grid.element.lo, grid.element.hi)
         codes = whole.to(torch.int8 if zero is None else torch.uint8)
+    elif grid.element.name in TABLES:
+        codes = round_table(scaled, grid.element)
     else:
         codes = ROUND[grid.element.name](scaled)
     return QuantizedTensor(grid=grid, codes=codes.flatten(1)[:, :width].contiguous(), scale=scale, zero=zero)
