@@ -24,6 +24,7 @@ from roundel.memory import peak_memory
 from roundel.output import FRONTIER
 from roundel.planning import Plan, Work, part_of
 from roundel.report import LOG, Progress, Row, row_of
+from roundel.tensor import TensorSpec
 from roundel.unit import Decodable, Unit
 
 if TYPE_CHECKING:
@@ -285,14 +286,17 @@ class Units:
             row = row_of(layer, result, errors_of(weights[layer.tensor], result.tensor))
             rows.append(replace(row, nbytes=tuple(nbytes)))
         kept = [0] * len(self.shards)
-        for number in range(len(self.shards)):
-            for layer in work.decodes:
-                kept[number] += self._put(number, layer.tensor, as_bytes(unit.weights[layer.tensor], layer.dtype))
+        for number, output in enumerate(self.plan.outputs):
+            stay = [(TensorSpec(x.tensor, x.dtype, x.shape), unit.weights[x.tensor]) for x in work.decodes]
             for copy in work.copies:
-                name = copy.spec.name
-                moved = unit.weights[name] is not weights[name]
-                stored = unit.weights[name] if moved else self.checkpoint.read_piece(copy.piece)
-                kept[number] += self._put(number, name, as_bytes(stored, copy.spec.dtype if moved else None))
+                now = unit.weights[copy.spec.name]
+                moved = now is not weights[copy.spec.name]
+                stay.append((copy.spec, now if moved else self.checkpoint.read_piece(copy.piece)))
+            for spec, tensor in stay:
+                stored = output.format.kept(spec)
+                if stored is not None:
+                    data = as_bytes(output.format.keep(spec.name, tensor), stored.dtype)
+                    kept[number] += self._put(number, spec.name, data)
         note = "; ".join(notes) or None
         return Row(name=work.name, kind="unit", nbytes=tuple(kept), note=note, rows=tuple(rows))
 

@@ -37,6 +37,7 @@ CONFIG = "config.json"
 _JOURNAL_NEW = "journal.new"  # all there is when the first instant of a run was its last
 FRONTIER = ".frontier"  # ends the name of a file of activations
 _CARDS = ("README.md", "recipe.json", REPORT, PAGE, LOG)
+_WEIGHTS = (".safetensors", ".gguf", ".partial", FRONTIER)
 _OURS = (CONFIG, "quantization_config.json", *_CARDS, INDEX, JOURNAL, _JOURNAL_NEW)
 
 
@@ -153,7 +154,7 @@ def _ours(folders: Iterable[Path]) -> list[Path]:
         for folder in folders
         if folder.is_dir()
         for path in folder.iterdir()
-        if path.is_file() and (path.name in _OURS or path.name.endswith((".safetensors", ".partial", FRONTIER)))
+        if path.is_file() and (path.name in _OURS or path.name.endswith(_WEIGHTS))
     ]
 
 

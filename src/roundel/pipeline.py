@@ -29,6 +29,7 @@ from roundel.memory import free_memory
 from roundel.output import clear, finish, is_intact, open_shards
 from roundel.planning import Copy, Plan, Work
 from roundel.report import Progress, Report, Row, row_of
+from roundel.tensor import TensorSpec
 from roundel.unit import Layer, Unit
 
 if TYPE_CHECKING:
@@ -93,6 +94,10 @@ def _run(
             if work.name in journal.finished:
                 progress(work, Row.from_dict(journal.finished[work.name]))
     shards = open_shards(out, plan)
+    for output, by_tensor in zip(plan.outputs, shards, strict=True):
+        for name, tensor in output.format.extras().items():
+            if name in by_tensor:
+                by_tensor[name].put(name, as_bytes(tensor))
     opened = {id(s): s for by_tensor in shards for s in by_tensor.values()}
     committer = _Committer(journal, tuple(opened.values()))
     chain = plan.recipe.chain
@@ -251,7 +256,8 @@ class _Loop:
         layer, formats = work.layer, [o.format for o in self.plan.outputs]
         if work.kind == "decode":
             weight = self.checkpoint.weights(layer)
-            self._put({layer.name + ".weight": as_bytes(weight, layer.dtype)}, nbytes)
+            for number in range(len(self.shards)):
+                self._keep(number, TensorSpec(layer.tensor, layer.dtype, layer.shape), weight, nbytes)
             return Row(name=work.name, kind=work.kind, nbytes=tuple(nbytes))
         if fuses(layer, formats, self.algorithm, self.device):
             piece, source = layer.stored.parts["weight"], self.checkpoint.source
@@ -288,14 +294,23 @@ class _Loop:
         return weight, sound(layer, weight, self.algorithm.quantize(unit)[layer.name], strict=self.plan.recipe.strict)
 
     def _copy(self, copy: Copy, nbytes: list[int]) -> None:
-        name = copy.spec.name
-        if not copy.piece.is_whole:
-            self._put({name: as_bytes(self.checkpoint.read_piece(copy.piece))}, nbytes)
-            return
-        descriptor, begin = self.checkpoint.source.place(copy.piece.tensor)
-        for number, by_tensor in enumerate(self.shards):
-            by_tensor[name].copy(name, descriptor, begin)
-            nbytes[number] += copy.spec.nbytes
+        name, whole = copy.spec.name, copy.piece.is_whole
+        as_they_are = whole and all(output.format.copies for output in self.plan.outputs)
+        read = None if as_they_are else self.checkpoint.read_piece(copy.piece)
+        for number, (output, by_tensor) in enumerate(zip(self.plan.outputs, self.shards, strict=True)):
+            if whole and output.format.copies:
+                descriptor, begin = self.checkpoint.source.place(copy.piece.tensor)
+                by_tensor[name].copy(name, descriptor, begin)
+                nbytes[number] += copy.spec.nbytes
+            elif read is not None:
+                self._keep(number, copy.spec, read, nbytes)
+
+    def _keep(self, number: int, spec: TensorSpec, tensor: Tensor, nbytes: list[int]) -> None:
+        """A tensor that stays, as a format stores it."""
+        format = self.plan.outputs[number].format
+        kept = format.kept(spec)
+        if kept is not None:
+            self._put({spec.name: as_bytes(format.keep(spec.name, tensor), kept.dtype)}, nbytes, number)
 
     def _put(self, tensors: dict[str, memoryview | bytes], nbytes: list[int], only: int | None = None) -> None:
         for number, by_tensor in enumerate(self.shards):

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from roundel import __version__
@@ -19,9 +20,9 @@ from roundel.checkpoint import Checkpoint, Matrix
 from roundel.choosing import choose, head_asked, layers_of, settle
 from roundel.errors import PlanError
 from roundel.families import text_config
-from roundel.formats import Contents, Format, format_named
+from roundel.formats import Contents, Format, Model, format_named
 from roundel.fusion import fuses, slab_rows
-from roundel.io.safetensors import ShardLayout, lay_out, stacked
+from roundel.io.safetensors import ShardLayout, stacked
 from roundel.recipe import Choice, Recipe, parse_size
 from roundel.scheme import Scheme
 from roundel.tensor import ITEMSIZE, TensorSpec
@@ -253,10 +254,18 @@ def build_plan(
             f"--quant-lm-head is asked for and {checkpoint.source.name} has no {checkpoint.family.head}. Drop the "
             f"option."
         )
-    choices = choose(matrices, recipe, checkpoint.family.head, problems)
+    named = [format_named(name) for name in recipe.formats]
+    model = Model(
+        config=checkpoint.source.config,
+        folder=Path() if all(format.copies for format in named) else checkpoint.source.small_folder(),
+        name=checkpoint.source.name,
+        matrices={matrix.name: matrix.shape for matrix in matrices.values()},
+        importance=recipe.options.get("imatrix") is True,
+    )
+    formats = [format.for_model(model) for format in named]
+    choices = choose(matrices, recipe, checkpoint.family.head, problems, formats)
     for name, reason in demoted.items():
         choices[name] = Choice(scheme=None, origin=reason)
-    formats = [format_named(name) for name in recipe.formats]
     layers = layers_of(matrices, choices, formats, recipe, problems)
     if not layers and not problems:
         problems.append(
@@ -289,7 +298,7 @@ def build_plan(
         Output(
             format=f,
             config=f.config(contents),
-            shards=lay_out(_specs(works, f), parse_size(recipe.shard_size), stacks=_stacks(layers, f)),
+            shards=f.lay_out(_specs(works, f), layers, parse_size(recipe.shard_size), _stacks(layers, f)),
         )
         for f in settled
     )
@@ -471,9 +480,11 @@ def _specs(works: Sequence[Work], format: Format) -> list[TensorSpec]:
         for layer in work.rounded:
             specs += [TensorSpec(f"{layer.name}.{s.name}", s.dtype, s.shape) for s in format.outputs(layer)]
         decoded = work.decodes if work.layer is None or work.kind == "round" else (work.layer,)
-        specs += [TensorSpec(layer.tensor, layer.dtype, layer.shape) for layer in decoded]
-        specs += [c.spec for c in work.copies]
-    return specs
+        stay = [TensorSpec(layer.tensor, layer.dtype, layer.shape) for layer in decoded]
+        kept = (format.kept(spec) for spec in (*stay, *(c.spec for c in work.copies)))
+        specs += [spec for spec in kept if spec is not None]
+    extras = format.extras().items()
+    return specs + [TensorSpec(name, "F32", tuple(tensor.shape)) for name, tensor in extras]
 
 
 def _blocks(checkpoint: Checkpoint, layers: Sequence[Layer]) -> list[str]:
@@ -501,7 +512,7 @@ def _notes(
         )
     for layer in layers:
         reason = matrices[layer.name].reason
-        if reason is not None and layer.role != "head":
+        if reason is not None and layer.role != "head" and layer.scheme.weight.rule == "range":
             notes.append(f"{layer.name} is rounded because it is named exactly; by rule it stays ({reason})")
     if untied:
         notes.append(

@@ -144,9 +144,11 @@ class Recipe:
 
     @property
     def label(self) -> str:
-        """What people call the result: the mix's name, or the scheme's with bits, group size and symmetry replaced."""
+        """What people call the result: the mix's name (GGUF's too), or the scheme's with bits, group size and symmetry
+        replaced."""
+        decided = next((f.partition(":")[2].upper() for f in self.formats if f.startswith("gguf:")), None)
         mix = _mix(self.scheme)
-        return mix.name if mix is not None else self.default_for("linear").name
+        return decided or (mix.name if mix is not None else self.default_for("linear").name)
 
     def default_for(self, role: str) -> Scheme:
         """The scheme of a layer that no override names."""

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from roundel.errors import GridError
+from roundel.io.safetensors import ShardLayout, Stacks, lay_out
 from roundel.scheme import Scheme
 from roundel.tensor import QuantizedTensor, TensorSpec
 from roundel.unit import Layer
@@ -17,7 +19,7 @@ from roundel.unit import Layer
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Contents", "Found", "Format", "WordLayout", "matching_override"]
+__all__ = ["Contents", "Format", "Found", "Model", "WordLayout", "matching_override"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,24 @@ class Contents:
     blocks: Sequence[str] = ("model.layers",)
     head: str = "lm_head"
     embedding: str = "model.embed_tokens"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What a format that writes more than tensors is told of the model.
+
+    config       config.json of the source
+    folder       where its small files lie (tokenizer, generation config ...)
+    name         as people call it
+    matrices     shapes of all matrices by module name, rounded or not
+    importance   whether inputs are counted when types are rounded to
+    """
+
+    config: Mapping[str, object]
+    folder: Path
+    name: str
+    matrices: Mapping[str, tuple[int, int]]
+    importance: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +92,16 @@ class Format(Protocol):
     name: ClassVar[str]
     summary: ClassVar[str]
     writes: ClassVar[bool] = True
+    copies: ClassVar[bool] = True  # whether tensors that stay are stored as they are
+
+    def for_model(self, model: Model) -> Format:
+        """The format for this model. Raises PlanError where it has no place for it."""
+        return self
+
+    def schemes(self) -> Mapping[str, Scheme | None] | None:
+        """The schemes by module name, of a format that decides on them itself; None in it: the matrix stays."""
+        return None
+
     compound: ClassVar[tuple[str, ...]] = ()  # part names that have a dot in them: "weight.absmax"
 
     def refuse(self, layer: Layer) -> str | None:
@@ -93,6 +123,24 @@ class Format(Protocol):
     def pack(self, layer: Layer, weight: QuantizedTensor) -> dict[str, Tensor]:
         """Part name -> tensor. The format's conventions (order of bits, stored zero - 1) live here."""
         raise GridError(f"{self.name} is only read")
+
+    def kept(self, spec: TensorSpec) -> TensorSpec | None:
+        """How a tensor that stays is stored, under the same name; None where it is left out."""
+        return spec
+
+    def keep(self, name: str, tensor: Tensor) -> Tensor:
+        """The values of a tensor that stays, as they are stored; `kept` says of which dtype."""
+        return tensor
+
+    def extras(self) -> Mapping[str, Tensor]:
+        """Tensors that are stored and no part of the source."""
+        return {}
+
+    def lay_out(
+        self, specs: Sequence[TensorSpec], layers: Sequence[Layer], shard_bytes: int, stacks: Stacks
+    ) -> tuple[ShardLayout, ...]:
+        """The files, each laid out. Places go by the names of `specs`, whatever the file calls them."""
+        return lay_out(specs, shard_bytes, stacks=stacks)
 
     def unpack(self, layer: Layer, stored: Mapping[str, Tensor]) -> QuantizedTensor:
         """Inverse of `pack`, bit for bit. `layer.stored.scheme` says on which grid."""
