@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from roundel.evaluation.means import Mean
     from roundel.evaluation.measure import Evaluation, Measured
+    from roundel.evaluation.tasks import TaskRun
 
 __all__ = [
     "MeasuringBar",
@@ -20,6 +21,7 @@ __all__ = [
     "measured_table",
     "passage_options",
     "print_notes",
+    "tasks_table",
     "write_file",
     "write_json",
 ]
@@ -165,6 +167,24 @@ def compared_table(found: Evaluation) -> Table:
             f"{model.tokens_per_second:,.0f}",
             "" if model.peak_memory is None else size(model.peak_memory),
         )
+    return made
+
+
+def tasks_table(
+    models: Sequence[str], runs: Sequence[Sequence[TaskRun]], moved: Mapping[tuple[str, str], Mean]
+) -> Table:
+    """A row for each task and metric."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    made = Table("task", "metric")
+    for name in (*models, *(["difference"] if moved else [])):
+        made.add_column(escape(name), justify="right")
+    cells = [{(task, s.metric): s for run in found for task, of in run.scores.items() for s in of} for found in runs]
+    for key in dict.fromkeys(key for found in cells for key in found):
+        told = [said(found[key].result, 4) if key in found else "failed" for found in cells]
+        change = [said(moved[key], 4, signed=True) if key in moved else ""] if moved else []
+        made.add_row(*map(escape, key), *told, *change)
     return made
 
 
