@@ -14,7 +14,7 @@ import math
 import sys
 from pathlib import Path
 
-from measuring import BENCH, ROOT, measure
+from measuring import BENCH, ROOT, Run, measure
 from synthetic import SHAPES, make
 
 LOADED = """
@@ -55,9 +55,8 @@ def _compare(name: str, folder: Path, windows: int, window: int, dtypes: list[st
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     ids = [(n * 7919 + n * n) % vocabulary for n in range(windows * window)]
     text.write_text(json.dumps({"input_ids": ids}))
-    print(
-        f"\n### {name}, {windows} windows of {window} tokens\n\n| | seconds | processor s | tokens/s | peak MB | surprise, nats |"
-    )
+    print(f"\n### {name}, {windows} windows of {window} tokens\n")
+    print("| | seconds | processor s | tokens/s | peak MB | surprise, nats |")
     print("| --- | --- | --- | --- | --- | --- |")
     packed = BENCH / f"{name}-eval-w4"
     roundel = [sys.executable, "-m", "roundel"]
@@ -67,15 +66,16 @@ def _compare(name: str, folder: Path, windows: int, window: int, dtypes: list[st
         ran = measure(command)
         found = json.loads(numbers.read_text())["perplexity"]["models"][0]
         surprise = math.log(found["perplexity"]["value"])
-        print(
-            f"| {label} | {ran.wall:.1f} | {ran.cpu:.1f} | {found['tokens_per_second']:.0f} | {ran.peak:.0f} | {surprise:.5f} |"
-        )
+        _row(label, ran, found["tokens_per_second"], surprise)
     for dtype in dtypes:
         ran = measure([sys.executable, "-c", LOADED, str(folder), str(text), str(window), dtype])
         surprise, speed, _ = json.loads((BENCH / "log.txt").read_text().splitlines()[-1])
-        print(
-            f"| transformers, {dtype} | {ran.wall:.1f} | {ran.cpu:.1f} | {speed:.0f} | {ran.peak:.0f} | {surprise:.5f} |"
-        )
+        _row(f"transformers, {dtype}", ran, speed, surprise)
+
+
+def _row(label: str, ran: Run, speed: float, surprise: float) -> None:
+    numbers = f"{ran.wall:.1f} | {ran.cpu:.1f} | {speed:.0f} | {ran.peak:.0f} | {surprise:.5f}"
+    print(f"| {label} | {numbers} |", flush=True)
 
 
 if __name__ == "__main__":
