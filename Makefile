@@ -27,7 +27,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 # The tools that roundel is compared with, each in an environment of its own; never imported by ours.
 peers: $(PEERS)/auto-round/.ready $(PEERS)/gptqmodel/.ready $(PEERS)/llmcompressor/.ready $(PEERS)/hqq/.ready \
-    $(PEERS)/gguf/.ready $(PEERS)/mlx/.ready $(PEERS)/bnb/.ready
+    $(PEERS)/gguf/.ready $(PEERS)/mlx/.ready $(PEERS)/bnb/.ready $(PEERS)/lmeval/.ready
 
 $(PEERS)/auto-round/.ready: constraints.txt
 	$(PYTHON) -m venv $(PEERS)/auto-round
@@ -75,6 +75,14 @@ $(PEERS)/bnb/.ready: constraints.txt
 	$(PYTHON) -m venv $(PEERS)/bnb
 	$(call PIP,$(PEERS)/bnb) torch==2.13.0
 	$(call PIP,$(PEERS)/bnb) torch==2.13.0 bitsandbytes==0.50.2 transformers==5.23.0 accelerate==1.15.0
+	touch $@
+
+# The library that runs tasks, with what roundel itself needs: here `roundel eval --tasks` is run in.
+$(PEERS)/lmeval/.ready: constraints.txt
+	$(PYTHON) -m venv $(PEERS)/lmeval
+	$(call PIP,$(PEERS)/lmeval) --upgrade pip uv
+	$(PEERS)/lmeval/bin/uv pip install --quiet --python $(PEERS)/lmeval/bin/python torch==2.13.0 'lm_eval[hf]==0.4.13' \
+	    transformers==5.23.0 numba==0.68.1 click rich pyyaml
 	touch $@
 
 # Bit for bit against auto-round, and our files in the runtimes that read them.

@@ -65,3 +65,16 @@ def test_calibrated_blocks_take_the_same_memory_however_many_there_are(chain: st
         out = str(tmp_path / f"o{layers}")
         peaks[layers] = int(run("quantize", str(model), out, "--offload", "disk", "--overwrite", *options).split()[-1])
     assert peaks[8] - peaks[2] < 80e6, peaks  # memory is handed out in pieces, some tens of MB more or less
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc, which is Linux's")
+def test_measuring_four_times_the_layers_takes_the_same_memory(tmp_path: Path) -> None:
+    text, peaks = tmp_path / "ids.jsonl", {}
+    text.write_text(json.dumps({"input_ids": [n % 251 for n in range(1024)]}))
+    for layers in (4, 16):
+        model = build("llama", tmp_path / f"m{layers}", num_hidden_layers=layers, **SHAPE)
+        run("quantize", str(model), str(tmp_path / f"o{layers}"), "--workers", "2")
+        options = ("--ppl", str(text), "--window", "128", "--kl-against", str(model))
+        run("eval", str(tmp_path / f"o{layers}"), *options)  # compiles kernels, where nobody has
+        peaks[layers] = int(run("eval", str(tmp_path / f"o{layers}"), *options).split()[-1])
+    assert peaks[16] < 1.1 * peaks[4], peaks

@@ -6,7 +6,7 @@ import resource
 import sys
 from pathlib import Path
 
-__all__ = ["free_memory", "peak_memory"]
+__all__ = ["forget_peak", "free_memory", "peak_memory"]
 
 
 def free_memory() -> int:
@@ -24,6 +24,15 @@ def peak_memory() -> int:
     if high is not None:
         return 1024 * high
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def forget_peak() -> bool:
+    """Have `peak_memory` count from now on; False where the system cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
 
 
 def _line(file: str, name: str) -> int | None:

@@ -28,7 +28,7 @@ from roundel.scheme import Scheme
 from roundel.tensor import ITEMSIZE, TensorSpec
 from roundel.unit import Layer, Piece
 
-__all__ = ["Copy", "Kept", "Output", "Plan", "Work", "build_plan", "part_of"]
+__all__ = ["PART_TOKENS", "Copy", "Kept", "Output", "Plan", "Work", "build_plan", "part_of"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,11 @@ def written(out: Path) -> tuple[Path, GgufHeader]:
 
 def stored(path: Path, header: GgufHeader, name: str) -> torch.Tensor:
     spec = header.tensors[name].stored
-    return torch.from_numpy(read_tensor(path, header.places[name]).copy()).view(torch_dtype(spec.dtype)).reshape(spec.shape)
+    return (
+        torch.from_numpy(read_tensor(path, header.places[name]).copy())
+        .view(torch_dtype(spec.dtype))
+        .reshape(spec.shape)
+    )
 
 
 @pytest.mark.parametrize("mixture", ["q8_0", "q4_k_m", "q2_k"])

@@ -20,7 +20,7 @@ from roundel.calibration.experts import experts_and_inputs, experts_prefix
 from roundel.calibration.late import stand_ins
 from roundel.unit import Call, Decodable
 
-__all__ = ["Block", "Blocks"]
+__all__ = ["Block", "Blocks", "Weights"]
 
 See = Callable[[str, Tensor], None]
 Weights = Mapping[str, Tensor | Decodable]

@@ -98,6 +98,12 @@ HUB_DATASETS = (
         columns=("messages",),
         shape="messages",
     ),
+    HubDataset(
+        repo="Salesforce/wikitext",
+        aliases=("wikitext", "wikitext2", "wikitext-2-raw-v1"),
+        splits={name: f"wikitext-2-raw-v1/{name}-*.parquet" for name in ("train", "validation", "test")},
+        joined=True,
+    ),
 )
 
 

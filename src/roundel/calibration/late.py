@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 from torch.overrides import TorchFunctionMode
 
 from roundel.ops.decode import decode
@@ -44,6 +44,8 @@ class Late(TorchFunctionMode):
     ) -> Any:
         if func is linear and not torch.is_grad_enabled() and not kwargs and id(args[1]) in self._matrices:
             return func(args[0], self._in_room(self._matrices[id(args[1])], args[1]), *map(self._made, args[2:]))
+        if func is embedding and isinstance(narrow := self._matrices.get(id(args[1])), Tensor):
+            return func(args[0], narrow, *args[2:], **(kwargs or {})).to(self._dtype)  # only the rows that are used
         if func in _VIEWS or getattr(func, "__name__", "") != "__get__":
             args = tuple(self._made(argument) for argument in args)
             kwargs = {name: self._made(argument) for name, argument in (kwargs or {}).items()}

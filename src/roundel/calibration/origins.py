@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import Literal
 
 from roundel.calibration.grammar import Entry
 from roundel.calibration.hub_datasets import HUB_DATASETS, HubDataset, HubFiles, row_from_hub
@@ -30,7 +31,7 @@ class Origin:
 
     label      how messages call it
     identity   what its rows depend on: equal identities mean equal rows; None where that cannot be known
-    rows       begins to read them, in an order drawn by the seed it is given
+    rows       begins to read them, in an order drawn by the seed it is given; None: as they lie there
     stream     whether the rows are pieces of one text, to be joined as they are and cut
     joined     whether rows are joined unless the entry says otherwise
     bare       whether all rows are known to be token ids, so that no tokenizer is needed
@@ -40,7 +41,7 @@ class Origin:
 
     label: str
     identity: str | None
-    rows: Callable[[int], Iterator[Row]]
+    rows: Callable[[int | None], Iterator[Row]]
     stream: bool = False
     joined: bool = False
     bare: bool = False
@@ -78,15 +79,18 @@ def known_names() -> tuple[str, ...]:
     return (*_REGISTERED, *_built_in())
 
 
-def origin_of(entry: Entry, offline: bool = False) -> Origin:
+def origin_of(
+    entry: Entry, offline: bool = False, bundled: Literal["calibration", "evaluation"] = "calibration"
+) -> Origin:
     """What an entry of a list of datasets names.
 
     offline   whether to use only what the Hugging Face cache holds
+    bundled   which of the texts that come with roundel "bundled" is
 
     Raises RecipeError for an unknown name and for options that do not go with the dataset, SourceError when it is out
     of reach.
     """
-    origin = _named(entry, offline)
+    origin = _named(entry, offline, bundled)
     if origin.stream and (entry.concat is False or entry.chat):
         option = "apply_chat_template" if entry.chat else "concat=False"
         raise RecipeError(
@@ -110,7 +114,7 @@ def _built_in() -> tuple[str, ...]:
     return (BUNDLED, *(name for dataset in HUB_DATASETS for name in (dataset.repo, *dataset.aliases)))
 
 
-def _named(entry: Entry, offline: bool) -> Origin:
+def _named(entry: Entry, offline: bool, bundled: Literal["calibration", "evaluation"]) -> Origin:
     folded = entry.name.casefold()
     for dataset in HUB_DATASETS:
         if folded in {name.casefold() for name in (dataset.repo, *dataset.aliases)}:
@@ -121,7 +125,7 @@ def _named(entry: Entry, offline: bool) -> Origin:
         return _registered(entry.name)
     path = Path(entry.name).expanduser()
     if folded == BUNDLED:
-        return _file(bundled_text("calibration"), BUNDLED)
+        return _file(bundled_text(bundled), BUNDLED)
     if path.is_file() and kind_of(path.name):
         return _file(path, entry.name)
     raise _unknown(entry.name, path)
@@ -130,7 +134,7 @@ def _named(entry: Entry, offline: bool) -> Origin:
 def _registered(name: str) -> Origin:
     found = _REGISTERED[name]
 
-    def rows(seed: int) -> Iterator[Row]:
+    def rows(seed: int | None) -> Iterator[Row]:
         for number, value in enumerate(found.rows()):
             yield row_of(value, f"row {number} of {name}")
 
@@ -146,8 +150,8 @@ def _file(path: Path, label: str) -> Origin:
         for number, value in enumerate(read_values(path)):
             yield Text(str(value)) if stream else row_of(value, f"row {number} of {label}")
 
-    def rows(seed: int) -> Iterator[Row]:
-        return read() if stream else shuffled(read(), str(seed))
+    def rows(seed: int | None) -> Iterator[Row]:
+        return read() if stream or seed is None else shuffled(read(), str(seed))
 
     identity = json.dumps([kind_of(path.name), _sha256(path)])
     bare = not stream and isinstance(next(read(), None), Ids)  # a file of token ids needs no tokenizer
@@ -165,11 +169,11 @@ def _hub(dataset: HubDataset, entry: Entry, offline: bool) -> Origin:
             if row is not None:
                 yield row
 
-    def split(names: tuple[str, ...], seed: int) -> Iterator[Row]:
+    def split(names: tuple[str, ...], seed: int | None) -> Iterator[Row]:
         for name in names:  # a pool never spans two files, so that the second is fetched only where it is needed
-            yield from shuffled(read(name), f"{seed}/{name}")
+            yield from read(name) if seed is None else shuffled(read(name), f"{seed}/{name}")
 
-    def rows(seed: int) -> Iterator[Row]:
+    def rows(seed: int | None) -> Iterator[Row]:
         for turn in zip_longest(*(split(names, seed) for names in files.names)):
             yield from (row for row in turn if row is not None)
 

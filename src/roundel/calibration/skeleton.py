@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from roundel.calibration.architecture import empty_model, fill_buffers, quiet
-from roundel.calibration.block import Block
+from roundel.calibration.block import Block, Weights
 from roundel.calibration.experts import unfuse
+from roundel.calibration.late import stand_ins
 from roundel.calibration.recorder import Heard, Kind, Recorder, Stop, Watch, zeros_of
 from roundel.calibration.spelling import Spelling, spelling_of
 from roundel.errors import PlanError, SourceError
@@ -56,7 +57,7 @@ class Skeleton:
         dtype     of the states that enter blocks; weights are to be given in it
         Raises PlanError when the model cannot be run block by block, SourceError when a tensor is missing.
         """
-        self._type, self._device = str(config.get("model_type")), device
+        self._type, self._device, self._dtype = str(config.get("model_type")), device, dtype
         self._model = empty_model(config, folder, dtype, trust_remote_code=trust_remote_code)
         spelling = spelling_of(self._model, tensors)
         fill_buffers(self._model, spelling.tensors, device)
@@ -76,14 +77,17 @@ class Skeleton:
         name = heads[0].removesuffix(".weight") if heads else family.head
         self.tail = Block(name, self._model, end, self._finish)
 
-    def enter(self, tokens: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    def enter(self, tokens: Tensor, weights: Weights) -> Tensor:
         """The states that enter the first block, [samples, tokens, hidden], for token ids [samples, tokens].
 
-        weights   numbers of entry_tensors
+        weights   numbers of entry_tensors, in the states' dtype or as they are stored
         Raises PlanError when a block is called with something that depends on the tokens.
         """
         expected = self._calls(tokens.shape[0], tokens.shape[1])
-        found = self._record(tokens, {name: weights[tensor] for name, tensor in self._entry.items()})
+        numbers = {name: weights[tensor] for name, tensor in self._entry.items()}
+        given, late = stand_ins(numbers, self._dtype, tokens.device)
+        with late:
+            found = self._record(tokens, given)
         same: dict[tuple[int, int], bool] = {}
         for number, (heard, assumed) in enumerate(zip(found, expected, strict=True)):
             for (name, value), (_, other) in zip(heard.everything(), assumed.everything(), strict=True):

@@ -117,21 +117,31 @@ class Encoder:
 
         separator   what to put behind a plain text
         """
-        tally.rows += 1
         if isinstance(row, Ids):
+            tally.rows += 1
             return np.array(row.ids, np.int64)
-        if self.tokenizer is None:
-            raise RecipeError("The calibration data holds text, and there is no tokenizer. Pass one, or token ids.")
+        text = self.text(row, tally, separator)
+        return None if text is None else self.tokens(text)
+
+    def text(self, row: Text | Chat, tally: Tally, separator: str = "") -> str | None:
+        """What of a row is tokenized: a plain text with a separator behind it, or a conversation as the template
+        writes it; None where the template does not take it.
+        """
+        tally.rows += 1
         if self.is_plain(row):
             tally.plain += isinstance(row, Chat) and self.chat is None
-            text = (row.text if isinstance(row, Text) else row.plain) + separator
-        else:
-            try:
-                text = self._rendered((("user", row.text),) if isinstance(row, Text) else row.turns)
-            except _template_errors() as error:
-                tally.refusal = tally.refusal or str(error)
-                tally.refused += 1
-                return None
+            return (row.text if isinstance(row, Text) else row.plain) + separator
+        try:
+            return self._rendered((("user", row.text),) if isinstance(row, Text) else row.turns)
+        except _template_errors() as error:
+            tally.refusal = tally.refusal or str(error)
+            tally.refused += 1
+            return None
+
+    def tokens(self, text: str) -> Tokens:
+        """A text's tokens, int64, without special ones but those that stand in it."""
+        if self.tokenizer is None:
+            raise RecipeError("The data holds text, and there is no tokenizer. Pass one, or token ids.")
         return np.array(self.tokenizer.encode(text, add_special_tokens=False, verbose=False), np.int64)
 
     def _rendered(self, turns: Sequence[tuple[str, str]]) -> str:

@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from torch import nn
 
-    from roundel.evaluation.perplexity import Comparison, Tokenizer
-    from roundel.report import Report
+    from roundel.evaluation.perplexity import Tokenizer
 
 __all__ = ["demo"]
 
@@ -48,26 +46,25 @@ def _run(scheme: str, out: Path, prompt: str) -> None:
 
     from roundel.api import quantize
     from roundel.checkpoint import open_checkpoint
+    from roundel.cli.measuring import MeasuringBar, measured_table
     from roundel.cli.show import console
-    from roundel.data.bundled import bundled_model, bundled_text
-    from roundel.evaluation.models import decoded_model, float_model, logits_of, tokenizer_of
-    from roundel.evaluation.perplexity import compare, windows
+    from roundel.data.bundled import bundled_model
+    from roundel.evaluation.measure import measure
+    from roundel.evaluation.models import decoded_model, float_model, tokenizer_of
 
     source = bundled_model()
     with Status("rounding", console=console) as status:
-        report = quantize(source, out, scheme=scheme)
+        quantize(source, out, scheme=scheme)
         status.update("verifying")
         _verify(out, source)
-        checkpoint = open_checkpoint(out)
-        weights = {name: checkpoint.decode(name) for name in checkpoint.layers}
-        checkpoint.close()
-        status.update("comparing predictions")
-        tokenizer, before, after = tokenizer_of(source), float_model(source), decoded_model(out, weights)
-        text = bundled_text("evaluation").read_text(encoding="utf-8")
-        compared = compare(logits_of(before), logits_of(after), windows(text, tokenizer, WINDOW))
-    console.print(_table(scheme, report, compared))
+    with MeasuringBar() as bar:
+        found = measure([source, out], "bundled", window=WINDOW, names=("bfloat16", scheme), tick=bar.tick)
+    console.print(measured_table(found))
+    checkpoint = open_checkpoint(out)
+    weights = {name: checkpoint.decode(name) for name in checkpoint.layers}
+    checkpoint.close()
     console.print(f"{len(weights)} matrices rounded; the files were read back and hold what they should.\n")
-    _write({"bfloat16": before, scheme: after}, tokenizer, prompt)
+    _write({"bfloat16": float_model(source), scheme: decoded_model(out, weights)}, tokenizer_of(source), prompt)
 
 
 def _verify(out: Path, source: Path) -> None:
@@ -78,25 +75,6 @@ def _verify(out: Path, source: Path) -> None:
     problems = verify(out, against=source).problems
     if problems:
         raise VerificationError(f"{out} does not hold what it should: {problems[0]}. This is a bug of roundel's.")
-
-
-def _table(scheme: str, report: Report, compared: Comparison) -> Table:
-    from rich.markup import escape
-    from rich.table import Table
-
-    from roundel.card import size
-
-    plan = report.plan
-    table = Table("tinybook", title=f"{compared.tokens:,} tokens of its own text", title_justify="left")
-    table.add_column("bfloat16", justify="right")
-    table.add_column(escape(scheme), justify="right")
-    table.add_row("weights on disk", size(plan.source_bytes), size(plan.outputs[0].nbytes))
-    table.add_row("bits per rounded weight", "16.000", f"{plan.bits_per_weight:.3f}")
-    table.add_row("perplexity", f"{compared.perplexity_reference:.2f}", f"{compared.perplexity:.2f}")
-    table.add_row("KL divergence in nats, mean", "", f"{compared.kl_mean:.4f}")
-    table.add_row("KL divergence in nats, 99.9th percentile", "", f"{compared.kl_p999:.4f}")
-    table.add_row("same likeliest token", "", f"{compared.top1_agreement:.1%}")
-    return table
 
 
 def _write(models: dict[str, nn.Module], tokenizer: Tokenizer, prompt: str) -> None:

@@ -22,6 +22,8 @@ COMMANDS = {
     "inspect": "Show what a checkpoint is.",
     "verify": "Read a written checkpoint back and compare it with its source.",
     "list": "List schemes, formats, algorithms or families.",
+    "eval": "Measure a model: perplexity, divergence from its source, tasks.",
+    "compare": "Compare models: size, perplexity, divergence, speed.",
     "demo": "Quantize the bundled model and measure the result.",
 }
 
@@ -36,7 +38,7 @@ class _Commands(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"roundel.cli.{cmd_name}")
-        command: click.Command = getattr(module, "list_" if cmd_name == "list" else cmd_name)
+        command: click.Command = getattr(module, f"{cmd_name}_" if cmd_name in ("list", "eval") else cmd_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -64,6 +66,7 @@ def cli() -> None:
       roundel quantize Qwen/Qwen3-8B ./out --scheme MXFP4   straight from the Hub
       roundel plan ./model --bits 3 --group-size 64         what would happen, how large it gets
       roundel verify ./out --against ./model                is it what it should be
+      roundel eval ./out --ppl text.txt --kl-against ./model   how good it is
     """
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from roundel.calibration.tokens import load_tokenizer
 from roundel.checkpoint import Checkpoint, open_checkpoint
 from roundel.errors import RecipeError, SourceError
 from roundel.evaluation.perplexity import Tokenizer
@@ -63,15 +64,8 @@ def logits_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def tokenizer_of(folder: Path) -> Tokenizer:
     """The checkpoint's tokenizer. Raises SourceError when there is none that can be read."""
-    from transformers import AutoTokenizer
-
     with _quiet():
-        try:
-            loaded: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise SourceError(
-                f"{folder} holds no tokenizer that can be read ({error}). Copy the model's tokenizer files there."
-            ) from error
+        loaded: Any = load_tokenizer(folder)
     tokenizer: Tokenizer = loaded
     return tokenizer
 

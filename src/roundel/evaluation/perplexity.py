@@ -1,26 +1,27 @@
-"""Perplexity of a model on a text, and the divergence of one model's predictions from another's.
+"""Perplexity of a model that is a function, and the divergence of one such model's predictions from another's.
 
-A text is cut into windows that do not overlap; in each, every token but the first is predicted from those before it.
-Models are plain functions of token ids, `ids [batch, tokens] -> logits [batch, tokens, vocab]`: nothing here knows
-how one is made.
+Models are plain functions of token ids, `ids [batch, tokens] -> logits [batch, tokens, vocab]`: nothing here knows how
+one is made. Every token of a window but the first is predicted from those before it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from roundel.errors import NumericsError, RecipeError
+from roundel.errors import RecipeError
+from roundel.evaluation.judging import Verdict, judge
+from roundel.evaluation.means import mean_of, percentile_of
 
-__all__ = ["Comparison", "Logits", "Tokenizer", "compare", "perplexity", "windows"]
+__all__ = ["BATCH", "Comparison", "Logits", "Tokenizer", "compare", "perplexity", "windows"]
 
 Logits = Callable[[Tensor], Tensor]
-BATCH = 4  # windows in one call; what is held is their logits, and log-probabilities of one window
+BATCH = 4  # windows in one call; what is held is their logits
+HIGH = 0.999  # the percentile that is told beside the mean
 
 
 class Tokenizer(Protocol):
@@ -35,9 +36,9 @@ class Comparison:
     """What the candidate predicts where the reference predicts something else, over the same tokens.
 
     perplexity_reference, perplexity   exp of the mean of -log p(token), of the reference and of the candidate
-    kl_mean, kl_p999                   of KL(reference || candidate) over positions, in nats: its mean and 99.9th
-    percentile top1_agreement                     share of positions where both find the same token most likely, 0 to 1
-    tokens                             predicted tokens
+    kl_mean, kl_p999   of KL(reference || candidate) over positions, in nats: its mean and 99.9th percentile
+    top1_agreement     share of positions where both find the same token most likely, 0 to 1
+    tokens             predicted tokens
     """
 
     perplexity_reference: float
@@ -68,11 +69,8 @@ def perplexity(logits_of: Logits, windows: Tensor, batch: int = BATCH) -> float:
     batch   windows in one call of `logits_of`
     Raises NumericsError when logits are not numbers.
     """
-    total = 0.0
-    for ids in torch.split(windows, batch):
-        for log_p, tokens in _predictions(logits_of, ids):
-            total += _surprise(log_p, tokens)
-    return _exp(total / _predicted(windows))
+    verdicts = [found for (found,) in _verdicts((logits_of,), windows, batch)]
+    return mean_of([verdict.surprise for verdict in verdicts]).exp().value
 
 
 def compare(reference: Logits, candidate: Logits, windows: Tensor, batch: int = BATCH) -> Comparison:
@@ -81,54 +79,26 @@ def compare(reference: Logits, candidate: Logits, windows: Tensor, batch: int = 
     batch   windows in one call of either model
     Raises NumericsError when logits are not numbers.
     """
-    total_p = total_q = 0.0
-    agreeing = 0
-    divergences: list[Tensor] = []
-    for ids in torch.split(windows, batch):
-        for (log_p, tokens), (log_q, _) in zip(_predictions(reference, ids), _predictions(candidate, ids), strict=True):
-            total_p += _surprise(log_p, tokens)
-            total_q += _surprise(log_q, tokens)
-            agreeing += int((log_p.argmax(-1).cpu() == log_q.argmax(-1).cpu()).sum())
-            divergences.append(_divergence(log_p, log_q))
-    count, kl = _predicted(windows), torch.cat(divergences)
+    pairs = _verdicts((reference, candidate), windows, batch)
+    divergences = [ours.divergence for _, ours in pairs]
     return Comparison(
-        perplexity_reference=_exp(total_p / count),
-        perplexity=_exp(total_q / count),
-        kl_mean=float(kl.mean(dtype=torch.float64)),
-        kl_p999=float(kl.kthvalue(math.ceil(0.999 * count)).values),
-        top1_agreement=agreeing / count,
-        tokens=count,
+        perplexity_reference=mean_of([theirs.surprise for theirs, _ in pairs]).exp().value,
+        perplexity=mean_of([ours.surprise for _, ours in pairs]).exp().value,
+        kl_mean=mean_of(divergences).value,
+        kl_p999=percentile_of(divergences, HIGH).value,
+        top1_agreement=mean_of([theirs.top == ours.top for theirs, ours in pairs]).value,
+        tokens=windows.shape[0] * (windows.shape[1] - 1),
     )
 
 
-def _predictions(logits_of: Logits, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of each window: log-probabilities [length - 1, vocab], float32, and the tokens [length - 1] that came."""
-    with torch.no_grad():
-        logits = logits_of(ids)
-    for window, tokens in zip(logits, ids.to(logits.device), strict=True):
-        log_p = window[:-1].float().log_softmax(-1)
-        if log_p.isnan().any():
-            raise NumericsError(
-                "The model's logits are not numbers. Its weights or activations left the range of their type."
-            )
-        yield log_p, tokens[1:]
-
-
-def _surprise(log_p: Tensor, tokens: Tensor) -> float:
-    """The sum of -log p over the tokens that came, in nats."""
-    return -float(log_p.gather(-1, tokens[:, None]).sum(dtype=torch.float64))
-
-
-def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) of each position, float32 [positions]; a token that p excludes adds nothing."""
-    terms = log_p.exp() * (log_p - log_q.to(log_p.device))
-    # Rounding may leave a sum a little below 0, which no divergence is.
-    return terms.masked_fill(log_p == -math.inf, 0.0).sum(-1).clamp(min=0.0).cpu()
-
-
-def _predicted(windows: Tensor) -> int:
-    return windows.shape[0] * (windows.shape[1] - 1)
-
-
-def _exp(mean: float) -> float:
-    return math.exp(mean) if mean < 700.0 else math.inf
+def _verdicts(models: tuple[Logits, ...], windows: Tensor, batch: int) -> list[list[Verdict]]:
+    """Of each window, a verdict on each model; a window's logits are one slab."""
+    found = []
+    for ids in torch.split(windows, batch):
+        with torch.no_grad():
+            logits = [model(ids) for model in models]
+        device = logits[0].device
+        for number, window in enumerate(ids):
+            slab = [each[number, :-1].to(device, torch.float32) for each in logits]
+            found.append(judge([slab], window[1:].to(device)))
+    return found

@@ -21,7 +21,7 @@ from roundel.page.findings import Cost, Findings, counted, decibel, duration, fa
 from roundel.page.tables import kept_table, layer_table, remarks_table
 from roundel.report import Report, Row
 
-__all__ = ["PAGE", "page"]
+__all__ = ["PAGE", "document", "page"]
 
 PAGE = "report.html"
 NAMED = 6  # layers named for each note
@@ -31,9 +31,6 @@ _DATA = Path(__file__).resolve().parents[1] / "data"
 def page(report: Report, output: int, costs: Mapping[str, Cost] | None = None) -> str:
     """The page of one format. costs: as `read_costs` finds them."""
     plan, told = report.plan, Findings(report, report.plan.outputs[output], costs or {})
-    style, script = ((_DATA / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     title = f"{plan.source_name}, {plan.recipe.label}"
     body = "".join(
         (
@@ -49,6 +46,14 @@ def page(report: Report, output: int, costs: Mapping[str, Cost] | None = None) -
             remarks_table(report),
         )
     )
+    return document(title, body)
+
+
+def document(title: str, body: str) -> str:
+    """A page that needs nothing else. title: as text; body: as HTML."""
+    style, script = ((_DATA / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">\n'

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["Axis", "Line", "Point", "axis_over", "bars", "panel", "short"]
+__all__ = ["Axis", "Line", "Point", "axis_over", "bars", "panel", "scatter", "short"]
 
 WIDTH, HEIGHT = 260, 124  # of a panel; bars are wider
-WIDE = 960
+WIDE, TALL = 960, 300  # of bars, which are as high as panels, and of a scatter
 LEFT, RIGHT, TOP, BOTTOM = 42, 8, 8, 18  # margins; left of bars stand longer labels
 LEFT_OF_BARS = 62
 TICKS = 4  # labelled lines of an axis, at most about
@@ -119,10 +119,47 @@ def bars(title: str, values: Sequence[tuple[str, float | None]], say: Callable[[
     return _figure(title, WIDE, body)
 
 
-def _figure(title: str, width: int, body: Iterable[str]) -> str:
+def scatter(
+    title: str,
+    points: Sequence[tuple[str, float, float]],
+    says: tuple[Callable[[float], str], Callable[[float], str]],
+    best: Sequence[str] = (),
+) -> str:
+    """A dot for each (name, across, up). says: either number in words; best: names joined by a line, left to right."""
+    across = axis_over([x for _, x, _ in points])
+    up = axis_over([y for _, _, y in points])
+    width = WIDE - LEFT_OF_BARS - RIGHT
+    places = {
+        name: (LEFT_OF_BARS + width * across.share(x), TOP + (TALL - TOP - BOTTOM) * (1 - up.share(y)))
+        for name, x, y in points
+    }
+    body = []
+    for tick in up.ticks:
+        height = TOP + (TALL - TOP - BOTTOM) * (1 - up.share(tick))
+        body.append(f'<path class="grid" d="M{LEFT_OF_BARS} {_number(height)}H{WIDE - RIGHT}"/>')
+        body.append(
+            f'<text class="tick" x="{LEFT_OF_BARS - 4}" y="{_number(height + 3)}">{escape(says[1](tick))}</text>'
+        )
+    for tick in across.ticks:
+        at = _number(LEFT_OF_BARS + width * across.share(tick))
+        body.append(f'<path class="grid" d="M{at} {TOP}V{TALL - BOTTOM}"/>')
+        body.append(f'<text class="tick" x="{at}" y="{TALL - 5}">{escape(says[0](tick))}</text>')
+    line = "L".join(f"{_number(x)} {_number(y)}" for x, y in sorted(places[name] for name in best))
+    drawn = [f'<path d="M{line}"/>'] if len(best) > 1 else []
+    for name, x, y in points:
+        left, top = places[name]
+        told = f"{escape(name)}: {escape(says[0](x))}, {escape(says[1](y))}"
+        drawn.append(f'<circle cx="{_number(left)}" cy="{_number(top)}" r="4"><title>{told}</title></circle>')
+        is_right = left > WIDE / 2
+        side, place = ('class="tick"', left - 7) if is_right else ("", left + 7)
+        drawn.append(f'<text {side} x="{_number(place)}" y="{_number(top - 5)}">{escape(name)}</text>')
+    return _figure(title, WIDE, [*body, '<g class="line after">', *drawn, "</g>"], TALL)
+
+
+def _figure(title: str, width: int, body: Iterable[str], height: int = HEIGHT) -> str:
     caption = f"<figcaption>{escape(title)}</figcaption>" if title else ""
     name = f' aria-label="{escape(title)}"' if title else ""
-    return f'<figure>{caption}<svg viewBox="0 0 {width} {HEIGHT}" role="img"{name}>{"".join(body)}</svg></figure>\n'
+    return f'<figure>{caption}<svg viewBox="0 0 {width} {height}" role="img"{name}>{"".join(body)}</svg></figure>\n'
 
 
 def _frame(axis: Axis, left: int, width: int, say: Callable[[float], str]) -> list[str]:

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from roundel.errors import PlanError, SourceError
 from roundel.formats.format import Contents, Format, Found, Model
 from roundel.formats.gguf.architectures import architecture_of, settings_of
-from roundel.formats.gguf.block_types import BLOCK_TYPES
 from roundel.formats.gguf.changes import extra_tensors, is_float32, norm_offset
 from roundel.formats.gguf.metadata import metadata
 from roundel.formats.gguf.mixtures import FILE_TYPES, MIXTURES, mixed_model, type_of
 from roundel.formats.gguf.names import expert_of, left_out, row_order, rows_permuted, tensor_name
-from roundel.io.gguf import GgufTensor, lay_out_gguf
+from roundel.io.gguf import GGML_TYPES, GgufTensor, lay_out_gguf
 from roundel.io.safetensors import Place, ShardLayout, Stacks
 from roundel.scheme import PRESETS, Scheme
 from roundel.tensor import QuantizedTensor, TensorSpec
@@ -89,15 +88,19 @@ class Gguf(Format):
         return None
 
     def outputs(self, layer: Layer) -> tuple[TensorSpec, ...]:
-        kind = BLOCK_TYPES[_type(layer.scheme)]
-        return (TensorSpec("weight", "U8", (layer.shape[0], kind.row_bytes(layer.shape[1]))),)
+        kind = GGML_TYPES[_type(layer.scheme)]
+        return (TensorSpec("weight", "U8", (layer.shape[0], layer.shape[1] // kind.weights * kind.nbytes)),)
 
     def pack(self, layer: Layer, weight: QuantizedTensor) -> dict[str, Tensor]:
+        from roundel.formats.gguf.block_types import BLOCK_TYPES
+
         packed, order = BLOCK_TYPES[_type(layer.scheme)].pack(weight), self._row_order(layer.tensor)
         return {"weight": packed if order is None else packed[order]}
 
     def unpack(self, layer: Layer, stored: Mapping[str, Tensor]) -> QuantizedTensor:
         import torch
+
+        from roundel.formats.gguf.block_types import BLOCK_TYPES
 
         kind, packed = BLOCK_TYPES[_type(layer.stored.scheme or layer.scheme)], stored["weight"]
         order = self._row_order(layer.tensor)
@@ -164,7 +167,7 @@ class Gguf(Format):
         if f"{PREFIX}{kind}" not in PRESETS or parts["weight"].dtype != "U8" or len(parts["weight"].shape) != 2:
             raise SourceError(f"{module} is said to be {kind}, and its tensor is not. Write the checkpoint again.")
         out, row = parts["weight"].shape
-        width = row // BLOCK_TYPES[kind].nbytes * BLOCK_TYPES[kind].weights
+        width = row // GGML_TYPES[kind].nbytes * GGML_TYPES[kind].weights
         return Found(shape=(out, width), scheme=PRESETS[PREFIX + kind], parts=("weight",))
 
     @cached_property

@@ -1,0 +1,126 @@
+"""`roundel eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.markup import escape
+
+from roundel.cli.measuring import (
+    MeasuringBar,
+    measured_table,
+    passage_options,
+    print_notes,
+    tasks_table,
+    write_json,
+)
+
+__all__ = ["eval_"]
+
+
+@click.command("eval", short_help="Measure a model: perplexity, divergence from its source, tasks.")
+@click.argument("model")
+@click.option(
+    "--ppl", "text", metavar="TEXT", help="Text to predict: a file, a dataset as --dataset takes it, 'bundled'."
+)
+@click.option("--kl-against", "source", metavar="MODEL", help="Compare predictions on that text with this model's.")
+@click.option(
+    "--per-position", type=click.Path(path_type=Path), metavar="FILE", help="Write every position to a .safetensors."
+)
+@click.option("--tasks", metavar="NAME[,NAME]", help="Tasks of lm-evaluation-harness; patterns with * are allowed.")
+@click.option("--include-path", type=click.Path(path_type=Path), metavar="FOLDER", help="Task YAMLs of your own.")
+@click.option(
+    "--eval-bs", type=click.IntRange(min=1), default=1, show_default=True, help="Questions at once, in tasks."
+)
+@passage_options
+def eval_(
+    model: str,
+    text: str | None,
+    source: str | None,
+    per_position: Path | None,
+    tasks: str | None,
+    include_path: Path | None,
+    eval_bs: int,
+    json_file: Path | None,
+    **options: Any,
+) -> None:
+    """Measure MODEL, a folder or a Hub id, quantized or not.
+
+    It is run block by block from disk, so it may be larger than memory. With --kl-against, both models see the same
+    tokens, and the difference has an error of its own, smaller than theirs.
+
+    \b
+    Examples:
+      roundel eval ./out --ppl mytext.txt
+      roundel eval ./out --ppl wikitext:split=test --kl-against ./model --limit 40
+      roundel eval ./out --ppl chats.jsonl:apply_chat_template --window 1024 --stride 512 --json numbers.json
+      roundel eval ./out --tasks mytask --include-path ./tasks --limit 100 --eval-bs 8
+    """
+    from roundel.cli.show import console
+    from roundel.errors import RecipeError
+    from roundel.evaluation.measure import measure
+
+    if text is None and (tasks is None or per_position is not None):
+        asked = "--kl-against compares predictions of a text" if source else "There is nothing to measure"
+        more = "" if source else "; or name --tasks"
+        raise RecipeError(f"{asked}: pass one with --ppl, such as --ppl mytext.txt or --ppl bundled{more}.")
+    models = [model] if source is None else [source, model]
+    numbers: dict[str, object] = {}
+    if text is not None:
+        with MeasuringBar() as bar:
+            found = measure(models, text, positions=per_position, tick=bar.tick, **options)
+        print_notes(found.notes)
+        console.print(measured_table(found))
+        numbers["perplexity"] = found.to_dict()
+        write_json(json_file, numbers)
+    if tasks is not None:
+        numbers["tasks"] = _tasks(models, tasks.split(","), include_path, eval_bs, options)
+        write_json(json_file, numbers)
+
+
+def _tasks(
+    models: Sequence[str], tasks: Sequence[str], include: Path | None, batch: int, options: dict[str, Any]
+) -> list[dict[str, object]]:
+    """Run and print tasks, on every model."""
+    from roundel.cli.show import console
+    from roundel.errors import RecipeError
+    from roundel.evaluation.tasks import differences, run_tasks
+
+    runs = []
+    for model in models:
+        if not Path(model).is_dir():
+            raise RecipeError(f"Tasks run on models in a folder, and {model} is none. Fetch it with `hf download`.")
+    for model in models:
+        with MeasuringBar() as bar:
+            runs.append(
+                run_tasks(
+                    Path(model),
+                    tasks,
+                    include=include,
+                    batch=batch,
+                    limit=options["limit"],
+                    tokenizer=options["tokenizer"],
+                    tick=bar.tick,
+                )
+            )
+    moved = differences(runs[0], runs[-1]) if len(runs) > 1 else {}
+    console.print(tasks_table([Path(model).resolve().name for model in models], runs, moved))
+    for model, found in zip(models, runs, strict=True):
+        for run in found:
+            if run.failure is not None:
+                console.print(f"[red]failed[/] {escape(run.task)} on {escape(model)}: {escape(run.failure)}")
+    return [
+        {
+            "model": model,
+            "tasks": [run.to_dict() for run in found],
+            "differences": [
+                {"task": task, "metric": metric, **mean.to_dict()} for (task, metric), mean in moved.items()
+            ]
+            if found is runs[-1]
+            else [],
+        }
+        for model, found in zip(models, runs, strict=True)
+    ]

@@ -1,0 +1,190 @@
+"""Tasks of lm-evaluation-harness on a checkpoint, through the library `lm_eval` itself, an optional part.
+
+Its Hugging Face backend is given the model with all matrices decoded, in float32 and whole in memory. Tasks run one by
+one: one that fails says why and keeps the others' results.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from roundel.calibration.architecture import quiet
+from roundel.calibration.tokens import load_tokenizer
+from roundel.checkpoint import open_checkpoint
+from roundel.errors import PlanError, RecipeError, nearest
+from roundel.evaluation.means import Mean, mean_of
+from roundel.evaluation.models import decoded_model
+from roundel.memory import free_memory
+
+__all__ = ["Score", "TaskRun", "differences", "run_tasks"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One metric of one task.
+
+    metric   its name; with the filter behind a comma where there is one ("exact_match,strict-match")
+    values   of each question, in order, where the metric is a mean of such; else empty
+    """
+
+    metric: str
+    result: Mean
+    values: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRun:
+    """A task on a model: its scores by (sub)task, or why it failed."""
+
+    task: str
+    scores: Mapping[str, tuple[Score, ...]]
+    failure: str | None = None
+
+    def to_dict(self) -> dict[str, object]:
+        scores = {
+            name: {score.metric: score.result.to_dict() for score in found} for name, found in self.scores.items()
+        }
+        return {"task": self.task, "scores": scores, "failure": self.failure}
+
+
+def run_tasks(
+    folder: Path,
+    tasks: Sequence[str],
+    *,
+    include: Path | None = None,
+    batch: int = 1,
+    limit: int | None = None,
+    tokenizer: Path | None = None,
+    tick: Callable[[float, str], None] = lambda done, text: None,
+) -> list[TaskRun]:
+    """Run tasks on the checkpoint in a folder.
+
+    tasks      names as lm-evaluation-harness knows them, patterns with * among them
+    include    a folder with task YAMLs of one's own
+    batch      questions at once
+    limit      questions of each task at most
+
+    Raises RecipeError when lm_eval is not installed or knows no such task, PlanError when the model in float32 does not
+    fit in memory, SourceError for a broken checkpoint.
+    """
+    manager, names = _known(tasks, include)
+    model = _model(folder, tokenizer, batch)
+    found = []
+    for number, name in enumerate(names):
+        tick(number / len(names), f"{folder.name} {name}")
+        found.append(_run(model, name, manager, limit))
+    return found
+
+
+def differences(before: Sequence[TaskRun], after: Sequence[TaskRun]) -> dict[tuple[str, str], Mean]:
+    """(task, metric) -> what it changed by, from one model to another; paired by question where values are known."""
+    old = {(task, s.metric): s for run in before for task, scores in run.scores.items() for s in scores}
+    found: dict[tuple[str, str], Mean] = {}
+    for run in after:
+        for task, scores in run.scores.items():
+            for score in scores:
+                other = old.get((task, score.metric))
+                if other is None:
+                    continue
+                if score.values and len(score.values) == len(other.values):
+                    pairs = zip(score.values, other.values, strict=True)
+                    found[task, score.metric] = mean_of([torch.tensor([new - was]).double() for new, was in pairs])
+                else:
+                    found[task, score.metric] = Mean(score.result.value - other.result.value, None)
+    return found
+
+
+def _known(tasks: Sequence[str], include: Path | None) -> tuple[Any, list[str]]:
+    """lm_eval's table of tasks, and the names that are asked for."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise RecipeError(
+            "Tasks are run by lm-evaluation-harness, which is not installed. Run `pip install 'roundel[tasks]'`, or "
+            "drop --tasks."
+        )
+    if include is not None and not include.is_dir():
+        raise RecipeError(f"There is no folder {include} with tasks. Check --include-path.")
+    from lm_eval.tasks import TaskManager
+
+    manager: Any = TaskManager(include_path=None if include is None else str(include))
+    everything: list[str] = list(manager.all_tasks)
+    names: list[str] = []
+    for task in tasks:
+        matching = sorted(manager.match_tasks([task])) if task.strip() else []
+        if not matching:
+            hint = "" if include is not None else " Tasks of your own are found with --include-path FOLDER."
+            raise RecipeError(f"lm-evaluation-harness knows no task {task!r}.{nearest(task, everything)}{hint}")
+        names += [name for name in matching if name not in names]
+    return manager, names
+
+
+def _model(folder: Path, tokenizer: Path | None, batch: int) -> Any:
+    """The decoded checkpoint as lm_eval's Hugging Face backend."""
+    checkpoint = open_checkpoint(folder)
+    try:
+        needed = 4 * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.tensor_names)
+        if needed > free_memory():
+            raise PlanError(
+                f"{folder} decoded to float32 takes {needed / 1e9:.1f} GB of memory, {free_memory() / 1e9:.1f} GB are "
+                "free. Free some; perplexity and divergence (--ppl) are measured without holding the model."
+            )
+        weights = {name: checkpoint.decode(name) for name in checkpoint.layers}
+    finally:
+        checkpoint.close()
+    from lm_eval.models.huggingface import HFLM
+
+    made = decoded_model(folder, weights)
+    with quiet():
+        return HFLM(pretrained=made, tokenizer=load_tokenizer(tokenizer or folder), batch_size=batch, device="cpu")
+
+
+def _run(model: Any, task: str, manager: Any, limit: int | None) -> TaskRun:
+    from lm_eval import simple_evaluate
+
+    try:
+        with quiet():
+            found = simple_evaluate(
+                model=model, tasks=[task], task_manager=manager, limit=limit, log_samples=True, verbosity="ERROR"
+            )
+    except _failures() as error:
+        return TaskRun(task=task, scores={}, failure=f"{type(error).__name__}: {error}".partition("\n")[0])
+    samples = found.get("samples") or {}
+    return TaskRun(
+        task=task,
+        scores={name: tuple(_scores(told, samples.get(name, ()))) for name, told in found["results"].items()},
+    )
+
+
+def _scores(told: Mapping[str, object], samples: Sequence[Mapping[str, Any]]) -> list[Score]:
+    found = []
+    for key, value in told.items():
+        metric, _, filtered = key.partition(",")
+        if not isinstance(value, (int, float)) or metric.endswith("_stderr") or not filtered:
+            continue
+        error = told.get(f"{metric}_stderr,{filtered}")
+        values = [s.get(metric) for s in samples if s.get("filter", filtered) == filtered]
+        numbers = tuple(float(v) for v in values if isinstance(v, (int, float)))
+        is_mean = len(numbers) == len(values) > 0 and math.isclose(sum(numbers) / len(numbers), value, abs_tol=1e-6)
+        found.append(
+            Score(
+                metric=metric if filtered == "none" else key,
+                result=Mean(float(value), float(error) if isinstance(error, (int, float)) else None),
+                values=numbers if is_mean else (),
+            )
+        )
+    return found
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What a task that is broken, or whose data is out of reach, raises."""
+    from datasets.exceptions import DatasetsError
+    from jinja2 import TemplateError
+
+    usual = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError)
+    return (*usual, TypeError, ValueError, DatasetsError, TemplateError)

@@ -1,0 +1,128 @@
+"""`roundel eval --tasks` with the real lm-evaluation-harness, on task files of our own, offline.
+
+The library lives in an environment of its own, .peers/lmeval (`make peers`); where that is absent only its absence is
+tested.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from commands import Outcome, command
+from roundel.api import quantize
+from roundel.data.bundled import bundled_model, bundled_text
+from roundel.evaluation.means import Mean
+from roundel.evaluation.tasks import Score, TaskRun, differences
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = Path(os.environ.get("ROUNDEL_PEERS", ROOT / ".peers")) / "lmeval" / "bin" / "python"
+installed = pytest.mark.skipif(not PYTHON.exists(), reason="lm-evaluation-harness is not there: run `make peers`")
+
+CHOICES = """task: own_choices
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{begin}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+metadata: {{version: 1}}
+"""
+TEXTS = """task: own_texts
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{begin}}}}"
+metric_list: [{{metric: bits_per_byte}}]
+metadata: {{version: 1}}
+"""
+BROKEN = CHOICES.replace("own_choices", "own_broken").replace("{{{{answer}}}}", "{{{{nothing.there}}}}")
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Lines of the bundled text: which of two endings is its own?"""
+    folder = tmp_path_factory.mktemp("tasks")
+    lines = [line for line in bundled_text("evaluation").read_text(encoding="utf-8").splitlines() if len(line) > 120]
+    rows = []
+    for number, line in enumerate(lines[:24]):
+        endings = [line[60:100], lines[number + 1][60:100]]
+        answer = number % 2
+        rows.append({"begin": line[:60], "choices": endings[::-1] if answer else endings, "answer": answer})
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, text in (("choices", CHOICES), ("texts", TEXTS), ("broken", BROKEN)):
+        (folder / f"{name}.yaml").write_text(text.format(file=file))
+    return folder
+
+
+def evaluated(tmp_path: Path, *arguments: object) -> Outcome:
+    """`roundel eval ARGUMENTS` where lm_eval is installed."""
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT / "src"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+    }
+    done = subprocess.run(
+        [str(PYTHON), "-m", "roundel", "eval", *map(str, arguments)],
+        capture_output=True, text=True, timeout=600, env=environment, cwd=tmp_path,
+    )  # fmt: skip
+    return Outcome(done.returncode, " ".join(done.stdout.split()), " ".join(done.stderr.split()))
+
+
+@installed
+def test_tasks_beside_the_source(tasks: Path, tmp_path: Path) -> None:
+    """A failing task is told and keeps the others; two bits answer and predict worse than the model they are of."""
+    quantize(bundled_model(), tmp_path / "w2", bits=2, group_size=64)
+    wish = ("--tasks", "own_choices,own_broken,own_texts", "--include-path", tasks, "--limit", 12, "--eval-bs", 4)
+    done = evaluated(tmp_path, tmp_path / "w2", "--kl-against", bundled_model(), *wish, "--json", tmp_path / "n.json")
+    assert done.code == 0, done.error
+    assert "failed own_broken" in done.output
+    before, after = json.loads((tmp_path / "n.json").read_text())["tasks"]
+    assert [run["task"] for run in after["tasks"]] == ["own_choices", "own_broken", "own_texts"]
+    choices, broken, _ = after["tasks"]
+    assert broken["failure"]
+    assert broken["scores"] == {}
+    assert 0.4 <= choices["scores"]["own_choices"]["acc"]["value"] <= 1.0
+    old, new = (run["tasks"][2]["scores"]["own_texts"]["bits_per_byte"]["value"] for run in (before, after))
+    assert 1.0 < old < new < 3.0
+    changes = {(d["task"], d["metric"]): d for d in after["differences"]}
+    assert changes["own_texts", "bits_per_byte"]["value"] == pytest.approx(new - old)
+    assert changes["own_choices", "acc"]["standard_error"] is not None
+
+
+@installed
+def test_an_unknown_task_is_refused(tmp_path: Path) -> None:
+    done = evaluated(tmp_path, bundled_model(), "--tasks", "hellaswagg")
+    assert done.code == 2
+    assert "knows no task 'hellaswagg'. Did you mean 'hellaswag'?" in done.error
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm_eval is installed beside roundel")
+def test_its_absence_names_the_command() -> None:
+    done = command("eval", bundled_model(), "--tasks", "hellaswag")
+    assert done.code == 2
+    assert "pip install 'roundel[tasks]'" in done.error
+
+
+def test_differences_are_paired_by_question() -> None:
+    def run(values: tuple[float, ...]) -> list[TaskRun]:
+        mean = Mean(sum(values) / len(values), 0.2)
+        return [TaskRun(task="t", scores={"t": (Score(metric="acc", result=mean, values=values),)})]
+
+    before, after = (1.0, 0.0, 1.0, 1.0), (1.0, 0.0, 1.0, 0.0)
+    changes = torch.tensor(after) - torch.tensor(before)
+    found = differences(run(before), run(after))["t", "acc"]
+    assert found.value == -0.25
+    assert found.error == pytest.approx(float(changes.std()) / 2)
