@@ -119,10 +119,10 @@ def read_name(name: str, parameters: int = 0) -> ModelName:
     if not slash:
         organization, full = "", name
     parts = [part for part in full.split("-") if part]
-    kinds = []
+    kinds: list[set[str]] = []
     for index, part in enumerate(parts):
-        parts[index], kind = _kind_of(part, index, parameters)
-        kinds.append({kind} if kind else set())
+        parts[index], said = _kind_of(part, index, parameters)
+        kinds.append({said} if said else set())
     sizes = [index for index, kind in enumerate(kinds) if "size" in kind]
     if any(character.isdecimal() for index in sizes for character in parts[index]):
         for index in sizes:  # "small" says nothing beside a number
@@ -140,25 +140,22 @@ def read_name(name: str, parameters: int = 0) -> ModelName:
         if "base" not in kind or len(kind) == 1:
             break
         kind.remove("base")
-    joined = {
-        wanted: "-".join(dict.fromkeys(chosen) if wanted == "size" else chosen) or None
-        for wanted in ("base", "size", "finetune", "version")
-        for chosen in (
-            [
-                part
-                for part, kind in zip(parts, kinds, strict=True)
-                if wanted in kind and not (wanted == "version" and "base" in kind)
-            ],
-        )
-    }
-    telling = any(joined[each] for each in ("size", "finetune", "version"))
+
+    def joined(wanted: str) -> str | None:
+        chosen = [part for part, kind in zip(parts, kinds, strict=True) if wanted in kind]
+        return "-".join(dict.fromkeys(chosen) if wanted == "size" else chosen) or None
+
+    for kind in kinds:
+        if "base" in kind:
+            kind.discard("version")
+    base, size, finetune, version = map(joined, ("base", "size", "finetune", "version"))
     return ModelName(
         full=full,
         organization=organization if organization and not organization.startswith(".") else None,
-        basename=joined["base"] if telling else None,
-        finetune=joined["finetune"],
-        version=joined["version"],
-        size_label=joined["size"],
+        basename=base if size or finetune or version else None,
+        finetune=finetune,
+        version=version,
+        size_label=size,
     )
 
 

@@ -117,7 +117,8 @@ def row_order(heads: int, size: int) -> np.ndarray:
 
     Rotary embedding turns pairs of rows of a head: transformers pairs i with i + size / 2, llama.cpp 2 i with 2 i + 1.
     """
-    return np.arange(heads * size).reshape(heads, 2, size // 2).swapaxes(1, 2).ravel()
+    rows: np.ndarray = np.arange(heads * size).reshape(heads, 2, size // 2).swapaxes(1, 2).ravel()
+    return rows
 
 
 def split_latent(hf_name: str, architecture_name: str) -> tuple[str, str] | None:

@@ -133,7 +133,8 @@ def _from_processor(
 
     It may name a token of which tokenizer_config.json says nothing; then `settings` gets it.
     """
-    roles, added = _ROLES, dict[str, bool]()
+    roles: tuple[str, ...] = _ROLES
+    added: dict[str, bool] = {}
     if not description:
         return roles, added
     for role, other in (("bos", "cls"), ("eos", "sep")):

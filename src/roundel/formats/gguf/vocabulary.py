@@ -100,7 +100,7 @@ def _byte_level(
         raise SourceError(f"tokenizer.json is of the kind {kind}; GGUF files are written of BPE tokenizers only.")
     try:
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(files.description))
-    except Exception as error:  # tokenizers raises nothing more telling
+    except (Exception,) as error:  # noqa: B013  tokenizers raises nothing more telling
         raise SourceError(f"tokenizer.json cannot be read: {error}") from error
     tokens = _tokens(tokenizer, settings)
     name, note = pre_tokenizer_of(tokenizer.encode(PROBE).ids, files.description)
