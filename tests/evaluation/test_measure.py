@@ -41,7 +41,7 @@ def windows_in(path: Path) -> Tensor:
 
 def decoded(folder: Path) -> torch.nn.Module:
     checkpoint = open_checkpoint(folder)
-    weights = {name: checkpoint.decode(name) for name in checkpoint.layers}
+    weights = {name: checkpoint.weights(layer).float() for name, layer in checkpoint.layers.items()}
     checkpoint.close()
     return decoded_model(folder, weights)
 

@@ -19,7 +19,7 @@ from roundel.tensor import QuantizedTensor, TensorSpec, plain, torch_dtype
 from roundel.unit import Layer, Piece, Stored, Unit
 
 SCHEMES = {**shown_schemes(), "W4A16G-1": Scheme.parse("W4A16G-1"), "W3A16G96_ASYM": Scheme.parse("W3A16G96_ASYM")}
-SHAPES = ((64, 128), (24, 224), (40, 96), (200, 144))
+SHAPES = ((64, 128), (24, 224), (40, 96), (200, 144), (6, 512))
 UNFUSED = ("mlx", "auto_round:mlx", "bnb", "hqq")
 WRITTEN = {name: f for name, f in FORMATS.items() if f.writes and name != "fake"}  # which keeps no codes
 
@@ -218,6 +218,7 @@ def test_matrix_is_asked_and_complete() -> None:
         "bnb": rows["W4A16"]["bnb"],
         "hqq": None,
         "fp8": rows["W4A16"]["fp8"],
+        "gguf": rows["W4A16"]["gguf"],
         "fake": None,
     }
     assert "no layout" in str(rows["MXINT4"]["llm_compressor"])

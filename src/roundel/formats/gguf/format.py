@@ -152,7 +152,6 @@ class Gguf(Format):
     def config(self, contents: Contents) -> dict[str, object]:
         return {
             "quant_method": "gguf",
-            "architecture": self._architecture,
             "types": {layer.name: _type(layer.scheme) for layer in contents.layers},
             "provider": "roundel",
         }
