@@ -319,3 +319,14 @@ def test_groups_by_activation_move_to_formats_that_hold_them(sym: bool, tmp_path
     assert all(torch.equal(one.decode(name), other.decode(name)) for name in one.layers)
     one.close()
     other.close()
+
+
+def test_experts_of_a_block_go_to_one_tensor(tmp_path: Path, data: Path) -> None:
+    source = build("qwen3_moe", tmp_path / "model")
+    roundel.quantize(source, tmp_path / "out", **options("gptq", data, format="mlx,auto_round"))
+    one, other = open_checkpoint(tmp_path / "out" / "mlx"), open_checkpoint(tmp_path / "out" / "auto_round")
+    assert any(".experts." in name for name in one.layers)
+    assert set(one.layers) == set(other.layers)
+    assert all(torch.equal(one.decode(name), other.decode(name)) for name in one.layers)
+    one.close()
+    other.close()

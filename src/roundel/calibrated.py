@@ -283,7 +283,8 @@ class Units:
             for number, output in enumerate(self.plan.outputs):
                 for part, tensor in output.format.pack(layer, result.tensor).items():
                     nbytes[number] += self._put(number, f"{layer.name}.{part}", as_bytes(tensor))
-            row = row_of(layer, result, errors_of(weights[layer.tensor], result.tensor))
+            decoded = self.plan.outputs[0].format.decode(result.tensor)
+            row = row_of(layer, result, errors_of(weights[layer.tensor], decoded))
             rows.append(replace(row, nbytes=tuple(nbytes)))
         kept = [0] * len(self.shards)
         for number, output in enumerate(self.plan.outputs):

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from roundel.algorithms import Rounded
-    from roundel.tensor import QuantizedTensor
 
 __all__ = ["Demoted", "as_bytes", "errors_of", "finite", "sound"]
 
@@ -61,11 +60,9 @@ def sound(layer: Layer, weight: Tensor, rounded: Rounded, *, strict: bool) -> Ro
     return rounded
 
 
-def errors_of(weight: Tensor, quantized: QuantizedTensor) -> Errors:
-    """What a matrix lost, in float64 sums."""
-    from roundel.ops.decode import decode
-
-    decoded, signal, noise = decode(quantized), 0.0, 0.0
+def errors_of(weight: Tensor, decoded: Tensor) -> Errors:
+    """What a matrix lost, in float64 sums. decoded: what readers of the (first) format make of it."""
+    signal, noise = 0.0, 0.0
     rows = max(1, COMPARED // weight.shape[1])
     for start in range(0, weight.shape[0], rows):  # a slab at a time
         exact = weight[start : start + rows].double()

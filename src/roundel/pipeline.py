@@ -279,7 +279,8 @@ class _Loop:
             for number, output in enumerate(self.plan.outputs):
                 parts = output.format.pack(layer, rounded.tensor)
                 self._put({f"{layer.name}.{part}": as_bytes(tensor) for part, tensor in parts.items()}, nbytes, number)
-            return row_of(layer, rounded, errors_of(weight, rounded.tensor), self.outside)
+            decoded = self.plan.outputs[0].format.decode(rounded.tensor)
+            return row_of(layer, rounded, errors_of(weight, decoded), self.outside)
 
     def _quantize(self, layer: Layer) -> tuple[Tensor, Rounded]:
         grid = layer.scheme.weight
