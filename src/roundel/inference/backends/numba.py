@@ -6,7 +6,8 @@ a time and torch multiplies. Sums are float32 whatever the dtype of the inputs.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from roundel.errors import BackendError
 from roundel.inference.numba.layout import LAYOUTS
 from roundel.tensor import QuantizedTensor
 from roundel.unit import Layer
+
+if TYPE_CHECKING:
+    from roundel.inference.numba.product import PackedRows
 
 __all__ = ["Numba"]
 
@@ -83,13 +87,22 @@ class Packed(nn.Module):
         self.register_buffer("scales", _by_blocks(scale, rows), persistent=False)
         self.register_buffer("zeros", zeros, persistent=False)
         self.register_buffer("order", order, persistent=False)
+        self._packed: PackedRows | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [tokens, in] -> [tokens, out]"""
+        entering = x.detach().float()
+        if self.order is not None:
+            entering = entering[:, self.get_buffer("order")]
+        if self._packed is None:
+            self._packed = self._arrays()
+        return self._packed.product(entering).to(x.dtype)
+
+    def _arrays(self) -> PackedRows:
+        """The buffers as the kernels take them."""
         from roundel.inference.numba.product import PackedRows
 
-        entering = x.detach().float() if self.order is None else x.detach().float()[:, self.get_buffer("order")]
-        packed = PackedRows(
+        return PackedRows(
             words=self.get_buffer("words").numpy().view(np.uint32),
             scales=self.get_buffer("scales").numpy().view(self._kind),
             zeros=self.get_buffer("zeros").numpy(),
@@ -97,7 +110,15 @@ class Packed(nn.Module):
             shape=self.shape,
             group=-(-self.columns // 8) * 8,  # a group of all columns may end within an eight
         )
-        return packed.product(entering).to(x.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
+        self._packed = None  # the buffers may be others
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, object]:
+        """A copy has buffers of its own."""
+        return self.__dict__ | {"_packed": None}
 
 
 def _by_blocks(values: Tensor, rows: int) -> Tensor:

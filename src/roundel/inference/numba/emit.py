@@ -3,9 +3,8 @@
 Only instructions that LLVM has for every processor are used (and, shift, convert, multiply-add); eight floats are one
 register of AVX2, two of SSE or NEON. Loops over rows and inputs are unrolled here; loops over columns run.
 
-A word holds a column's codes of several rows. Masked in place, the code of row k is an integer code * 2^(bits k), which
-float32 holds exactly; the power of two is divided out at the end. Only the topmost row of a word is shifted down, for
-its bits would be a sign. See layout.py for the words.
+A word holds a column's codes of several rows (layout.py); shifted down and masked they are the integers that are
+multiplied. The sum of a group is multiplied by its scale once, as a vector of partial sums.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from numba.extending import intrinsic
 
 from roundel.inference.numba.layout import LAYOUTS, Layout
 
-__all__ = ["add_floats", "add_group", "spread_group"]
+__all__ = ["add_floats", "add_group", "spread_group", "widen"]
 
 LANES = 8
 SUMS = 10  # vectors that are summed up at a time: registers hold so many beside what enters
 _INT = ir.IntType(32)
 _INTS, _FLOATS = ir.VectorType(_INT, LANES), ir.VectorType(ir.FloatType(), LANES)
-_HALVES = ir.VectorType(ir.IntType(16), LANES)
+_HALVES, _BYTES = (ir.VectorType(ir.IntType(size), LANES) for size in (16, 8))
 _SIZE = ir.IntType(64)
 
 
@@ -90,18 +89,33 @@ class _Emitter:
         return {word: self.builder.add(at, self.builder.mul(stride, self.size(word))) for word in needed}
 
     def row(self, words: Mapping[int, Any], layout: Layout, row: int) -> Any:
-        """The codes of a row, as floats times the layout's factor."""
+        """The codes of a row, as floats."""
         found: Any = None
         for take in layout.takes(row):
             part = words[take.word]
             if take.down:
                 part = self.builder.lshr(part, self.ints(take.down))
-            if take.mask is not None:
+            if take.down + take.mask.bit_length() < 32:
                 part = self.builder.and_(part, self.ints(take.mask))
             if take.up:
                 part = self.builder.shl(part, self.ints(take.up))
             found = part if found is None else self.builder.or_(found, part)
         return self.builder.sitofp(found, _FLOATS)
+
+    def widened(self, pointer: Any, index: Any, kind: types.Type) -> Any:
+        """Eight stored numbers as floats, by the type of their bits: uint16 bfloat16, int16 float16, uint32 float32."""
+        builder = self.builder
+        if kind == types.uint32:
+            return builder.bitcast(self.load(pointer, index, _INTS), _FLOATS)
+        if kind == types.uint8:
+            return builder.uitofp(self.load(pointer, index, _BYTES), _FLOATS)
+        bits = builder.zext(self.load(pointer, index, _HALVES), _INTS)
+        if kind == types.uint16:
+            return builder.bitcast(builder.shl(bits, self.ints(16)), _FLOATS)
+        sign = builder.shl(builder.and_(bits, self.ints(0x8000)), self.ints(16))
+        rest = builder.shl(builder.and_(bits, self.ints(0x7FFF)), self.ints(13))
+        size = builder.fmul(builder.bitcast(rest, _FLOATS), self.floats(2.0**112))  # right for subnormals too
+        return builder.bitcast(builder.or_(builder.bitcast(size, _INTS), sign), _FLOATS)
 
     def loop(self, steps: Any, starting: Sequence[Any], body: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
         """body(step, values) -> values, `steps` times (maybe never); the values at the end."""
@@ -151,7 +165,7 @@ def add_group(  # type: ignore[no-untyped-def]
             streams = emit.streams(layout, rows, at, stride)
             starting = []
             for row in rows:
-                away = builder.fmul(emit.scalar(zero, emit.size(row)), emit.floats(-layout.factor(row)))
+                away = builder.fneg(emit.scalar(zero, emit.size(row)))
                 starting += [builder.fmul(away, emit.load(sums, place, _FLOATS)) for place in sum_at]
 
             def body(step, totals):  # type: ignore[no-untyped-def]
@@ -176,6 +190,25 @@ def add_group(  # type: ignore[no-untyped-def]
 
 
 @intrinsic(prefer_literal=True)
+def widen(typing, stored, at, out, rows):  # type: ignore[no-untyped-def]
+    """out[row] = a stored scale or zero point as float32, for the rows of a block.
+
+    stored   flat bits: uint16 (bfloat16), int16 (float16), uint32 (float32) or uint8 (a whole number)
+    rows     literal: a multiple of 8
+    """
+    given, count, kind = (stored, at, out), rows.literal_value, stored.dtype
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        emit = _Emitter(context, builder, signature.args[: len(given)], values[: len(given)])
+        stored, at, out = emit.arguments()
+        for row in range(0, count, LANES):
+            emit.store(emit.widened(stored, emit.plus(at, row), kind), out, emit.size(row))
+        return context.get_dummy_value()
+
+    return types.void(*given, rows), generate
+
+
+@intrinsic(prefer_literal=True)
 def spread_group(typing, words, at, stride, steps, scale, zero, out, out_at, out_stride, bits):  # type: ignore[no-untyped-def]
     """out[row, column] = (code - zero[row]) * scale[row] for a group's columns; the arguments are `add_group`'s.
 
@@ -190,11 +223,7 @@ def spread_group(typing, words, at, stride, steps, scale, zero, out, out_at, out
 
         def spread(rows: range) -> None:
             streams = emit.streams(layout, rows, at, stride)
-            factors = {}
-            for row in rows:  # (code * f - zero * f) * (scale / f), for f a power of two: the bits of the definition
-                factor = layout.factor(row)
-                away = builder.fmul(emit.scalar(zero, emit.size(row)), emit.floats(factor))
-                factors[row] = away, builder.fmul(emit.scalar(scale, emit.size(row)), emit.floats(1 / factor))
+            factors = {row: [emit.scalar(part, emit.size(row)) for part in (zero, scale)] for row in rows}
 
             def body(step, _):  # type: ignore[no-untyped-def]
                 column = builder.mul(step, emit.size(LANES))
@@ -221,7 +250,7 @@ def add_floats(typing, weights, at, x, x_at, x_stride, steps, total, batch):  # 
     total     float32 [batch, 8], flat
     batch     literal: how many inputs
     """
-    inputs, is_half = batch.literal_value, weights.dtype == types.int16
+    inputs, weights_kind = batch.literal_value, weights.dtype
     given = (weights, at, x, x_at, x_stride, steps, total)
     parts = range(4)  # of 32 columns: sums of their own, for an addition takes a while
 
@@ -230,20 +259,11 @@ def add_floats(typing, weights, at, x, x_at, x_stride, steps, total, batch):  # 
         weights, at, x, x_at, x_stride, steps, total = emit.arguments()
         xs = [builder.add(x_at, builder.mul(x_stride, emit.size(each))) for each in range(inputs)]
 
-        def value(index: Any) -> Any:
-            bits = builder.zext(emit.load(weights, index, _HALVES), _INTS)
-            if not is_half:
-                return builder.bitcast(builder.shl(bits, emit.ints(16)), _FLOATS)
-            sign = builder.shl(builder.and_(bits, emit.ints(0x8000)), emit.ints(16))
-            rest = builder.shl(builder.and_(bits, emit.ints(0x7FFF)), emit.ints(13))
-            size = builder.fmul(builder.bitcast(rest, _FLOATS), emit.floats(2.0**112))  # right for subnormals too
-            return builder.bitcast(builder.or_(builder.bitcast(size, _INTS), sign), _FLOATS)
-
         def body(step, totals):  # type: ignore[no-untyped-def]
             found = []
             for part in parts:
                 column = emit.plus(builder.mul(step, emit.size(len(parts) * LANES)), part * LANES)
-                weight = value(builder.add(at, column))
+                weight = emit.widened(weights, builder.add(at, column), weights_kind)
                 for each, begin in enumerate(xs):
                     entering = emit.load(x, builder.add(begin, column), _FLOATS)
                     found.append(emit.fma(weight, entering, totals[part * inputs + each]))

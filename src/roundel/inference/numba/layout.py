@@ -31,7 +31,7 @@ class Take:
 
     word: int
     down: int
-    mask: int | None
+    mask: int
     up: int = 0
 
 
@@ -53,24 +53,13 @@ class Layout:
         """Where a row of a block lies; one whose bits are spread lies in two words."""
         word, place = divmod(row, self.each)
         if word == self.streams:
-            return Take(place, 30, None), Take(2, 30 + place, 1, up=2)
-        down = self.bits * place
-        if down + self.bits == 32:  # the topmost bit would be a sign
-            return (Take(word, down, None),)
-        return (Take(word, 0, ((1 << self.bits) - 1) << down),)
+            return Take(place, 30, 3), Take(2, 30 + place, 1, up=2)
+        return (Take(word, self.bits * place, (1 << self.bits) - 1),)
 
     def parts(self, most: int) -> list[range]:
         """The rows of a block in runs of `most` or fewer, such that a run of many lies in few words."""
         length = next(n for n in range(min(most, self.rows), 0, -1) if self.each % n == 0 or n % self.each == 0)
         return [range(start, min(start + length, self.rows)) for start in range(0, self.rows, length)]
-
-    def factor(self, row: int) -> float:
-        """What a row's codes are multiplied by where they are masked in place."""
-        takes = self.takes(row)
-        if len(takes) > 1 or takes[0].mask is None:
-            return 1.0
-        low = takes[0].mask & -takes[0].mask
-        return float(low)
 
 
 LAYOUTS = {

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from roundel.inference.numba.emit import add_floats, add_group, spread_group
+from roundel.inference.numba.emit import add_floats, add_group, spread_group, widen
 from roundel.inference.numba.layout import LAYOUTS
 from roundel.ops.numba.rows import share_rows
 from roundel.ops.numba.stored import value_of
@@ -34,10 +34,13 @@ class PackedRows:
     def __init__(
         self, words: np.ndarray, scales: np.ndarray, zeros: np.ndarray, bits: int, shape: tuple[int, int], group: int
     ) -> None:
-        self.words, self.scales, self.zeros = words.reshape(-1), scales, zeros
-        self.bits, self.shape, self.group = bits, shape, group
-        self.blocks, self.streams, self.columns = words.shape
-        self.rows = LAYOUTS[bits].rows
+        self.shape, self.group = shape, group
+        self.blocks: int = words.shape[0]
+        self.columns: int = words.shape[2]
+        self.groups: int = scales.shape[1]
+        self.rows: int = scales.shape[2]
+        numbers = (words.reshape(-1), scales.reshape(-1), zeros.reshape(-1))
+        self._stored = (*numbers, bits, self.rows, self.groups, group, words.shape[1], self.columns)
 
     def product(self, x: Tensor) -> Tensor:
         """x float32 [inputs, in] -> x @ weight.T, float32 [inputs, out]."""
@@ -47,46 +50,27 @@ class PackedRows:
         """The weights of blocks begin .. end, into float32 [their rows, columns]."""
 
         def share(first: int, last: int) -> None:
-            rows = slab[(first - begin) * self.rows :].reshape(-1)
-            _decode(
-                self.words,
-                self.scales,
-                self.zeros,
-                self.bits,
-                self.group,
-                self.streams,
-                self.columns,
-                first,
-                last,
-                rows,
-            )
+            _decode(*self._stored, begin + first, begin + last, slab[first * self.rows :].reshape(-1))
 
-        share_rows(lambda a, b: share(begin + a, begin + b), end - begin, self.rows * self.columns)
+        share_rows(share, end - begin, self._block_weights)
 
     def _few(self, x: Tensor) -> Tensor:
-        count = len(x)
-        batch = 1 if count == 1 else 4
-        whole = -(-count // batch) * batch
-        entering = np.zeros((whole, self.columns), np.float32)
-        entering[:count, : self.shape[1]] = x.numpy()
-        out = np.empty((whole, self.blocks * self.rows), np.float32)
-        sums = np.empty((whole, self.scales.shape[1], LANES), np.float32)
+        entering, batch = _whole(x, self.columns)
+        out = np.empty((len(entering), self.blocks * self.rows), np.float32)
+        sums = np.empty((len(entering), self.groups, LANES), np.float32)
         _sum_groups(entering, self.group, sums)
-        flat = (entering.reshape(-1), sums.reshape(-1))
+        flat = (entering.reshape(-1), sums.reshape(-1), batch)
+        share_rows(lambda begin, end: _product(*self._stored, *flat, begin, end, out), self.blocks, self._block_weights)
+        return torch.from_numpy(out)[: len(x), : self.shape[0]]
 
-        def share(begin: int, end: int) -> None:
-            _product(
-                self.words, self.scales, self.zeros, self.bits, self.group, self.streams, self.columns, *flat, batch,
-                begin, end, out,
-            )  # fmt: skip
-
-        share_rows(share, self.blocks, self.rows * self.columns)
-        return torch.from_numpy(out[:count, : self.shape[0]])
+    @property
+    def _block_weights(self) -> int:
+        return self.rows * self.columns
 
     def _many(self, x: Tensor) -> Tensor:
         out, width = self.shape
         result = torch.empty((len(x), out), dtype=torch.float32)
-        step = max(1, SLAB // (self.rows * self.columns))
+        step = max(1, SLAB // self._block_weights)
         slab = torch.empty((min(step, self.blocks) * self.rows, self.columns), dtype=torch.float32)
         numbers = slab.numpy()
         for begin in range(0, self.blocks, step):
@@ -103,9 +87,8 @@ def pack_rows_of_words(codes: np.ndarray, bits: int) -> np.ndarray:
     blocks = -(-out // layout.rows)
     words = np.zeros((blocks, layout.streams, -(-width // LANES) * LANES), np.uint32)
     table = [
-        (row, take.word, *_place(take.down, take.mask, take.up)) for row in range(layout.rows)
-        for take in layout.takes(row)
-    ]  # fmt: skip
+        (row, take.word, take.up, take.mask, take.down) for row in range(layout.rows) for take in layout.takes(row)
+    ]
     _pack(codes, np.array(table, np.int64), layout.rows, words)
     return words
 
@@ -115,23 +98,23 @@ def multiply_floats(weights: Tensor, x: Tensor) -> Tensor:
 
     Weights are widened as they are read.
     """
-    (out, width), count = weights.shape, len(x)
-    batch = 1 if count == 1 else 4
-    whole = -(-count // batch) * batch
-    entering = np.zeros((whole, width), np.float32)
-    entering[:count] = x.numpy()
-    result = np.empty((whole, out), np.float32)
+    out, width = weights.shape
+    entering, batch = _whole(x, width)
+    result = np.empty((len(entering), out), np.float32)
     stored, flat = stored_bits(weights).reshape(-1), entering.reshape(-1)
     share_rows(lambda begin, end: _float_rows(stored, width, flat, batch, begin, end, result), out, width)
-    return torch.from_numpy(result[:count])
+    return torch.from_numpy(result)[: len(x)]
 
 
-def _place(down: int, mask: int | None, up: int) -> tuple[int, int, int]:
-    """(bits of the code to take off, mask of what is left, shift into the word) of a `Take`, for the way back."""
-    if mask is None:
-        return up, (1 << 32 - down) - 1, down
-    low = (mask & -mask).bit_length() - 1
-    return up, mask >> low, down + low
+def _whole(x: Tensor, columns: int) -> tuple[np.ndarray, int]:
+    """Inputs with zeros up to whole batches and so many columns, and how many a batch is."""
+    count, width = x.shape
+    batch = 1 if count == 1 else 4
+    if count % batch == 0 and width == columns:
+        return x.contiguous().numpy(), batch
+    entering = np.zeros((-(-count // batch) * batch, columns), np.float32)
+    entering[:count, :width] = x.numpy()
+    return entering, batch
 
 
 @_jit
@@ -149,33 +132,39 @@ def _pack(codes, table, rows, words):  # type: ignore[no-untyped-def]
 
 @_jit
 def _sum_groups(x, group, sums):  # type: ignore[no-untyped-def]
-    sums[:] = 0
-    for each in range(x.shape[0]):
+    inputs, columns = x.shape
+    for each in range(inputs):
         for part in range(sums.shape[1]):
             line = sums[each, part]
-            for column in range(part * group, min((part + 1) * group, x.shape[1]), 8):
+            line[:] = 0
+            for column in range(part * group, min((part + 1) * group, columns), 8):
+                eight = x[each, column : column + 8]
                 for lane in range(8):
-                    line[lane] += x[each, column + lane]
+                    line[lane] += eight[lane]
 
 
 @_jit
-def _load_group(scales, zeros, block, part, middle, scale, zero):  # type: ignore[no-untyped-def]
-    for row in range(scales.shape[2]):
-        scale[row] = value_of(scales[block, part, row])
-        zero[row] = np.float32(zeros[block, part, row]) if zeros.size else middle
+def _widen(stored, at, rows, out):  # type: ignore[no-untyped-def]
+    if rows == 8:
+        widen(stored, at, out, 8)
+    elif rows == 16:
+        widen(stored, at, out, 16)
+    else:
+        widen(stored, at, out, 32)
 
 
 @_jit
-def _product(words, scales, zeros, bits, group, streams, columns, x, sums, batch, begin, end, out):  # type: ignore[no-untyped-def]
-    rows, groups = scales.shape[2], scales.shape[1]
-    scale, zero = np.empty(rows, np.float32), np.empty(rows, np.float32)
+def _product(words, scales, zeros, bits, rows, groups, group, streams, columns, x, sums, batch, begin, end, out):  # type: ignore[no-untyped-def]
+    scale, zero = np.empty(rows, np.float32), np.full(rows, 1 << (bits - 1), np.float32)
     total = np.empty(rows * batch * 8, np.float32)
-    middle, gap = np.float32(1 << (bits - 1)), groups * 8
+    gap = groups * 8
     for block in range(begin, end):
         for each in range(0, out.shape[0], batch):
             total[:] = 0
             for part in range(groups):
-                _load_group(scales, zeros, block, part, middle, scale, zero)
+                _widen(scales, (block * groups + part) * rows, rows, scale)
+                if zeros.size:
+                    _widen(zeros, (block * groups + part) * rows, rows, zero)
                 first = part * group
                 steps = (min(first + group, columns) - first) // 8
                 at, xa, s = block * streams * columns + first, each * columns + first, (each * groups + part) * 8
@@ -200,25 +189,17 @@ def _product(words, scales, zeros, bits, group, streams, columns, x, sums, batch
                     found = np.float32(0)
                     for lane in range(8):
                         found += total[(row * batch + other) * 8 + lane]
-                    out[each + other, block * rows + row] = found * _unscaled(bits, row)
+                    out[each + other, block * rows + row] = found
 
 
 @_jit
-def _unscaled(bits, row):  # type: ignore[no-untyped-def]
-    """1 / LAYOUTS[bits].factor(row)"""
-    each = 10 if bits == 3 else 32 // bits
-    down = bits * (row % each)
-    return np.float32(1) if down + bits == 32 or row >= 30 else np.float32(1) / np.float32(1 << down)
-
-
-@_jit
-def _decode(words, scales, zeros, bits, group, streams, columns, begin, end, out):  # type: ignore[no-untyped-def]
-    rows = scales.shape[2]
-    scale, zero = np.empty(rows, np.float32), np.empty(rows, np.float32)
-    middle = np.float32(1 << (bits - 1))
+def _decode(words, scales, zeros, bits, rows, groups, group, streams, columns, begin, end, out):  # type: ignore[no-untyped-def]
+    scale, zero = np.empty(rows, np.float32), np.full(rows, 1 << (bits - 1), np.float32)
     for block in range(begin, end):
-        for part in range(scales.shape[1]):
-            _load_group(scales, zeros, block, part, middle, scale, zero)
+        for part in range(groups):
+            _widen(scales, (block * groups + part) * rows, rows, scale)
+            if zeros.size:
+                _widen(zeros, (block * groups + part) * rows, rows, zero)
             first = part * group
             steps = (min(first + group, columns) - first) // 8
             at, to = block * streams * columns + first, (block - begin) * rows * columns + first
