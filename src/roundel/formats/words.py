@@ -126,7 +126,7 @@ def unpack_words(layer: Layer, stored: Mapping[str, Tensor], layout: WordLayout)
             f"config does "
             "not describe its tensors; set sym to false in its quantization_config."
         )
-    signed = (codes.to(torch.int16) - middle).to(torch.int8)
+    signed = codes.sub_(middle).view(torch.int8)  # wraps around, as two's complement does
     return QuantizedTensor(grid=scheme.weight, codes=signed, scale=scale, group_index=index)
 
 

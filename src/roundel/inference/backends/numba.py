@@ -73,10 +73,9 @@ class Packed(nn.Module):
                     'with backend="torch".'
                 )
             codes = codes[:, order]
-        unsigned = codes.contiguous().view(torch.uint8)
-        if quantized.zero is None:
-            unsigned = unsigned + (1 << (bits - 1))  # wraps around, as two's complement does
-        words = torch.from_numpy(pack_rows_of_words(unsigned.numpy(), bits).view(np.int32))
+        stored = codes.contiguous().view(torch.uint8).numpy()
+        lowest = 0 if quantized.zero is not None else -(1 << (bits - 1))
+        words = torch.from_numpy(pack_rows_of_words(stored, bits, lowest).view(np.int32))
         assert isinstance(quantized.scale, Tensor)
         self._kind = _KINDS[quantized.scale.dtype]
         scale = quantized.scale.view(torch.int32 if quantized.scale.dtype == torch.float32 else torch.int16)

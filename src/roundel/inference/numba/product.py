@@ -81,15 +81,21 @@ class PackedRows:
         return result
 
 
-def pack_rows_of_words(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Unsigned codes [out, in] uint8 -> words uint32 [blocks, streams, columns]."""
+def pack_rows_of_words(codes: np.ndarray, bits: int, lowest: int = 0) -> np.ndarray:
+    """Codes [out, in] uint8 -> words uint32 [blocks, streams, columns].
+
+    lowest   0 for unsigned codes; the smallest code of signed ones, whose bytes are given
+    """
     layout, (out, width) = LAYOUTS[bits], codes.shape
     blocks = -(-out // layout.rows)
     words = np.zeros((blocks, layout.streams, -(-width // LANES) * LANES), np.uint32)
     table = [
         (row, take.word, take.up, take.mask, take.down) for row in range(layout.rows) for take in layout.takes(row)
     ]
-    _pack(codes, np.array(table, np.int64), layout.rows, words)
+    entries, above = np.array(table, np.int64), np.uint8(-lowest)
+    share_rows(
+        lambda begin, end: _pack(codes, above, entries, layout.rows, words, begin, end), blocks, layout.rows * width
+    )
     return words
 
 
@@ -118,16 +124,17 @@ def _whole(x: Tensor, columns: int) -> tuple[np.ndarray, int]:
 
 
 @_jit
-def _pack(codes, table, rows, words):  # type: ignore[no-untyped-def]
+def _pack(codes, above, table, rows, words, begin, end):  # type: ignore[no-untyped-def]
     out, width = codes.shape
-    for block in range(words.shape[0]):
+    for block in range(begin, end):
         for entry in range(table.shape[0]):
             row = block * rows + table[entry, 0]
             if row < out:
                 off, mask, shift = np.uint32(table[entry, 2]), np.uint32(table[entry, 3]), np.uint32(table[entry, 4])
                 line, stored = words[block, table[entry, 1]], codes[row]
                 for column in range(width):
-                    line[column] |= np.uint32(np.uint32(np.uint32(stored[column]) >> off) & mask) << shift
+                    code = np.uint32(np.uint8(stored[column] + above))  # wraps around, as two's complement does
+                    line[column] |= np.uint32(np.uint32(code >> off) & mask) << shift
 
 
 @_jit

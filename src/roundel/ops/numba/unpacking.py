@@ -27,6 +27,30 @@ def _spread(octet, bits):  # type: ignore[no-untyped-def]
 
 
 @_jit
+def _unpack_row(stream, bits, out):  # type: ignore[no-untyped-def]
+    """Part of a row's words -> its codes, eight to an octet. Words are read up to two beyond the end."""
+    count = out.shape[0]
+    if bits == 4:
+        for k in range(count):
+            out[k] = _spread(np.uint64(stream[k]), 4)
+    elif bits == 8:
+        for k in range(count):
+            out[k] = np.uint64(stream[2 * k]) | np.uint64(stream[2 * k + 1]) << np.uint64(32)
+    elif bits == 2:
+        for k in range(count // 2):
+            out[2 * k] = _spread(np.uint64(stream[k] & np.uint32(0xFFFF)), 2)
+            out[2 * k + 1] = _spread(np.uint64(stream[k] >> np.uint32(16)), 2)
+    else:
+        mask = ~np.uint64(0) >> np.uint64(64 - 8 * bits)
+        for k in range(count):
+            at, shift = k * 8 * bits // 32, np.uint64(k * 8 * bits % 32)
+            value = (np.uint64(stream[at]) | np.uint64(stream[at + 1]) << np.uint64(32)) >> shift
+            if shift + np.uint64(8 * bits) > np.uint64(64):
+                value |= np.uint64(stream[at + 2]) << (np.uint64(64) - shift)
+            out[k] = _spread(value & mask, bits)
+
+
+@_jit
 def unpack_columns(words, bits, octets, first):  # type: ignore[no-untyped-def]
     """Columns of words -> rows of codes: the word words[k, first + row] is the k-th of the row's stream.
 
@@ -34,9 +58,8 @@ def unpack_columns(words, bits, octets, first):  # type: ignore[no-untyped-def]
     octets   [rows, in / 8] uint64, filled: eight unsigned codes a byte each; in divisible by 32
     """
     rows, count = octets.shape
-    units, mask = count // 4, ~np.uint64(0) >> np.uint64(64 - 8 * bits)
-    held = np.empty((_TILE, bits * _UNITS + 3), np.uint32)  # rows of words, and what is read beyond their end
-    held[:, bits * _UNITS :] = 0
+    units = count // 4
+    held = np.zeros((_TILE, bits * _UNITS + 3), np.uint32)  # rows of words; not a power of two apart, for the cache
     for begin in range(0, rows, _TILE):
         width = min(_TILE, rows - begin)
         for left in range(0, units, _UNITS):
@@ -46,10 +69,4 @@ def unpack_columns(words, bits, octets, first):  # type: ignore[no-untyped-def]
                 for row in range(width):
                     held[row, k] = line[row]
             for row in range(width):
-                stream, out = held[row], octets[begin + row, 4 * left : 4 * (left + here)]
-                for octet in range(4 * here):
-                    at, shift = octet * 8 * bits // 32, np.uint64(octet * 8 * bits % 32)
-                    value = (np.uint64(stream[at]) | np.uint64(stream[at + 1]) << np.uint64(32)) >> shift
-                    if shift + np.uint64(8 * bits) > np.uint64(64):
-                        value |= np.uint64(stream[at + 2]) << (np.uint64(64) - shift)
-                    out[octet] = _spread(value & mask, bits)
+                _unpack_row(held[row], bits, octets[begin + row, 4 * left : 4 * (left + here)])
