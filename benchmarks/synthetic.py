@@ -74,6 +74,9 @@ class Shape:
 SHAPES = {
     "qwen3-0.6b": Shape(hidden=1024, inner=3072, heads=16, kv_heads=8, layers=28, vocabulary=151936),
     "qwen3-1.7b": Shape(hidden=2048, inner=6144, heads=16, kv_heads=8, layers=28, vocabulary=151936),
+    "llama-1b": Shape(
+        model_type="llama", hidden=2048, inner=8192, heads=32, kv_heads=8, head=64, layers=16, vocabulary=128256
+    ),
     "llama-8b": Shape(
         model_type="llama", hidden=4096, inner=14336, heads=32, kv_heads=8, layers=32, vocabulary=128256, tied=False
     ),

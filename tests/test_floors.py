@@ -24,7 +24,7 @@ FLOORS = (  # from the lowest; a part imports only from rows above its own, and 
     ("estimate",),
     ("pipeline",),
     ("api",),
-    ("evaluation",),
+    ("evaluation", "inference"),
     ("cli",),
     ("__main__",),
 )

@@ -5,14 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "Scheme", "__version__", "plan", "quantize"]
+__all__ = ["Recipe", "Scheme", "__version__", "load", "plan", "quantize"]
 
 if TYPE_CHECKING:
     from roundel.api import plan, quantize
+    from roundel.inference.loading import load
     from roundel.recipe import Recipe
     from roundel.scheme import Scheme
 
-_HOMES = {"Recipe": "roundel.recipe", "Scheme": "roundel.scheme", "plan": "roundel.api", "quantize": "roundel.api"}
+_HOMES = {
+    "Recipe": "roundel.recipe",
+    "Scheme": "roundel.scheme",
+    "load": "roundel.inference.loading",
+    "plan": "roundel.api",
+    "quantize": "roundel.api",
+}
 
 
 def __getattr__(name: str) -> object:

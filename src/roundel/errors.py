@@ -8,7 +8,8 @@ QuantizationError
 ├─ SourceError         the checkpoint is broken or out of reach   (missing shard, bad header, gated)
 ├─ GridError           numbers and grid disagree: our bug
 ├─ NumericsError       non-finite weights                         names layer and first bad index
-└─ VerificationError   a written checkpoint does not hold what its plan says
+├─ VerificationError   a written checkpoint does not hold what its plan says
+└─ BackendError        nothing can run this model here            lists every backend and its reason
 
 A message is one sentence of what, one of why, one of what to do.
 """
@@ -19,6 +20,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 __all__ = [
+    "BackendError",
     "GridError",
     "NumericsError",
     "OutputError",
@@ -92,6 +94,12 @@ class VerificationError(QuantizationError):
     """A checkpoint does not hold what it should."""
 
     exit_code = 7
+
+
+class BackendError(QuantizationError):
+    """A checkpoint cannot be run here: no backend takes a layer, the memory is too small, or it lies elsewhere."""
+
+    exit_code = 8
 
 
 class GridError(QuantizationError):

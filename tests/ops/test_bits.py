@@ -9,6 +9,7 @@ import torch
 from roundel.errors import GridError
 from roundel.ops.bits import pack_awq, pack_rows, unpack_awq, unpack_rows
 from roundel.ops.numba.packing import pack_awq_columns, pack_columns, pack_nibbles
+from roundel.ops.numba.unpacking import unpack_columns
 
 
 def slow_pack(codes: list[int], bits: int) -> list[int]:
@@ -82,3 +83,14 @@ def test_nibble_kernel() -> None:
     pack_nibbles(codes.numpy(), packed)
     assert np.array_equal(packed, definition(codes).numpy())
     assert torch.equal(unpack_nibbles(definition(codes)), codes)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (16, 160), (37, 1056)])
+def test_unpacking_kernel(bits: int, rows: int, columns: int) -> None:
+    codes = random_codes(rows, columns, bits)
+    words = np.ascontiguousarray(pack_rows(codes, bits).numpy().T).view(np.uint32)
+    found = np.full((rows, columns), 255, np.uint8)
+    for begin, end in ((0, rows // 2), (rows // 2, rows)):
+        unpack_columns(words, bits, found[begin:end].view(np.uint64), begin)
+    assert torch.equal(torch.from_numpy(found), codes)

@@ -2,7 +2,7 @@
 
 Exit codes: 0 done; 1 any other error; 2 the command or recipe makes no sense; 3 the recipe does not fit the model; 4
 the output cannot be written; 5 the checkpoint is broken or out of reach; 6 weights are not finite; 7 verification
-failed; 70 a bug of ours; 130 interrupted.
+failed; 8 nothing can run the checkpoint here; 70 a bug of ours; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ COMMANDS = {
     "plan": "Show what quantize would do, without reading a weight.",
     "inspect": "Show what a checkpoint is.",
     "verify": "Read a written checkpoint back and compare it with its source.",
+    "generate": "Continue a prompt with a checkpoint.",
+    "chat": "Talk with a checkpoint.",
     "list": "List schemes, formats, algorithms or families.",
     "eval": "Measure a model: perplexity, divergence from its source, tasks.",
     "compare": "Compare models: size, perplexity, divergence, speed.",

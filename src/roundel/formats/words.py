@@ -119,7 +119,7 @@ def unpack_words(layer: Layer, stored: Mapping[str, Tensor], layout: WordLayout)
     if layout.order == "awq":
         codes, zeros = unpack_awq(stored["qweight"]).T.contiguous(), unpack_awq(stored["qzeros"]).T
     else:
-        codes = unpack_stream(stored["qweight"].T.contiguous(), bits, width)
+        codes = _unpack_columns(stored["qweight"], bits, width)
         zeros = unpack_stream(stored["qzeros"], bits, out).T
     zeros = ((zeros.to(torch.int16) + layout.zero_offset) & ((1 << bits) - 1)).to(torch.uint8).contiguous()
     scale = stored["scales"].T.contiguous()
@@ -134,7 +134,7 @@ def unpack_words(layer: Layer, stored: Mapping[str, Tensor], layout: WordLayout)
             f"config does "
             "not describe its tensors; set sym to false in its quantization_config."
         )
-    signed = (codes.to(torch.int16) - middle).to(torch.int8)
+    signed = codes.sub_(middle).view(torch.int8)  # wraps around, as two's complement does
     return QuantizedTensor(grid=scheme.weight, codes=signed, scale=scale, group_index=index)
 
 
@@ -210,6 +210,25 @@ def pack_columns(codes: Tensor, bits: int) -> Tensor:
         packing.pack_columns(codes.contiguous().numpy().view(np.uint64), bits, words, 0)
         return torch.from_numpy(words.view(np.int32))
     return pack_stream(codes, bits).T.contiguous()
+
+
+def _unpack_columns(words: Tensor, bits: int, width: int) -> Tensor:
+    import torch
+
+    from roundel.ops import use_kernels
+    from roundel.ops.bits import unpack_stream
+
+    if use_kernels() and words.device.type == "cpu" and width % 32 == 0:
+        import numpy as np
+
+        from roundel.ops.numba.rows import share_rows
+        from roundel.ops.numba.unpacking import unpack_columns
+
+        codes, stored = np.empty((words.shape[1], width), np.uint8), words.contiguous().numpy().view(np.uint32)
+        octets = codes.view(np.uint64)
+        share_rows(lambda a, b: unpack_columns(stored, bits, octets[a:b], a), words.shape[1], width)
+        return torch.from_numpy(codes)
+    return unpack_stream(words.T.contiguous(), bits, width)
 
 
 def _group_index(width: int, columns: int) -> Tensor:

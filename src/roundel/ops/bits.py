@@ -64,7 +64,7 @@ def pack_awq(codes: Tensor) -> Tensor:
 def unpack_awq(words: Tensor) -> Tensor:
     """[rows, m] int32 words -> [rows, 8 m] uint8 codes: the inverse of `pack_awq`."""
     order = torch.tensor(AWQ_ORDER, device=words.device)
-    codes = unpack_rows(words, 4).view(words.shape[0], -1, 8)
+    codes = torch.stack([(words >> shift) & 0xF for shift in range(0, 32, 4)], dim=-1).to(torch.uint8)
     return codes[:, :, order.argsort()].flatten(1)
 
 

@@ -1,0 +1,50 @@
+"""What `roundel generate` and `roundel chat` share: how a checkpoint is loaded, and how its tokens are drawn."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+__all__ = ["drawing_options", "loaded", "write"]
+
+Command = TypeVar("Command", bound=Callable[..., object])
+
+
+def drawing_options(command: Command) -> Command:
+    """The options of both commands."""
+    options = (
+        click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, xpu."),
+        click.option("--backend", help="What multiplies by rounded weights; chosen by itself unless named."),
+        click.option("--max-new-tokens", "tokens", type=int, default=256, show_default=True, help="Written at most."),
+        click.option(
+            "--temperature", type=float, help="0 for the likeliest tokens; as the checkpoint says by default."
+        ),
+        click.option("--top-p", type=float, help="Draw among the likeliest tokens of this probability together."),
+        click.option("--seed", type=int, help="For the same text each time."),
+        click.option("--trust-remote-code", is_flag=True, help="Run code that ships inside the checkpoint."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def loaded(path: str, device: str, backend: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
+    """The model and its tokenizer."""
+    from rich.console import Console
+    from rich.status import Status
+
+    from roundel.inference.loading import load
+    from roundel.inference.text import tokenizer_for
+
+    with Status("loading", console=Console(stderr=True)):  # what is written goes to the output alone
+        model = load(path, device=device, backend=backend, trust_remote_code=trust_remote_code)
+        return model, tokenizer_for(path, model, trust_remote_code=trust_remote_code)
+
+
+def write(text: str) -> None:
+    """A piece of text, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

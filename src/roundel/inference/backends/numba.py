@@ -1,0 +1,128 @@
+"""CPU: integers of 2, 3, 4 and 8 bits in the words of `inference/numba/layout.py`, multiplied without unpacking them.
+
+Up to 16 inputs are multiplied by codes that are decoded in registers; for more, a slab of rows is decoded to float32 at
+a time and torch multiplies. Sums are float32 whatever the dtype of the inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from roundel.errors import BackendError
+from roundel.inference.numba.layout import LAYOUTS
+from roundel.tensor import QuantizedTensor
+from roundel.unit import Layer
+
+if TYPE_CHECKING:
+    from roundel.inference.numba.product import PackedRows
+
+__all__ = ["Numba"]
+
+_KINDS = {torch.bfloat16: np.uint16, torch.float16: np.int16, torch.float32: np.uint32}  # as ops.numba.stored has them
+
+
+class Numba:
+    """Packed integers on a CPU."""
+
+    name: ClassVar[str] = "numba"
+    priority: ClassVar[int] = 10
+    needs = None
+
+    def refuse(self, layer: Layer, device: str) -> str | None:
+        grid = layer.scheme.weight
+        if device != "cpu":
+            return f"it runs on cpu, not on {device}"
+        if not grid.element.is_integer or grid.block[0] != 1:
+            return f"it multiplies integers in groups, {layer.scheme.name} is none"
+        if grid.element.bits not in LAYOUTS:
+            return f"it has words of {', '.join(map(str, LAYOUTS))} bits, not of {grid.element.bits}"
+        columns = grid.block_of(layer.shape)[1]
+        if columns % 8 and columns < layer.shape[1]:
+            return f"it takes groups of whole eights, not of {columns}"
+        if grid.scale not in ("F16", "BF16", "F32"):
+            return "it takes scales of 16 or 32 bits"
+        return None
+
+    def make(self, layer: Layer, quantized: QuantizedTensor) -> nn.Module:
+        return Packed(quantized)
+
+
+class Packed(nn.Module):
+    """A weight in words. Numbers lie in integer buffers, so that changing the model's dtype changes none."""
+
+    def __init__(self, quantized: QuantizedTensor) -> None:
+        from roundel.inference.numba.product import pack_rows_of_words
+
+        super().__init__()
+        self.shape, bits = quantized.shape, quantized.grid.element.bits
+        self.bits, self.columns = bits, quantized.grid.block_of(self.shape)[1]
+        codes, order = quantized.codes, None
+        if quantized.group_index is not None:  # columns of a group are brought together, and those of x with them
+            order = quantized.group_index.long().argsort(stable=True)
+            counts = torch.bincount(quantized.group_index.long(), minlength=quantized.scale.shape[1])
+            expected = torch.full_like(counts, self.columns)
+            expected[-1] = self.shape[1] - self.columns * (len(counts) - 1)
+            if not torch.equal(counts, expected):
+                raise BackendError(
+                    "A group index gives groups different numbers of columns, which backend numba does not take. Load "
+                    'with backend="torch".'
+                )
+            codes = codes[:, order]
+        stored = codes.contiguous().view(torch.uint8).numpy()
+        lowest = 0 if quantized.zero is not None else -(1 << (bits - 1))
+        words = torch.from_numpy(pack_rows_of_words(stored, bits, lowest).view(np.int32))
+        assert isinstance(quantized.scale, Tensor)
+        self._kind = _KINDS[quantized.scale.dtype]
+        scale = quantized.scale.view(torch.int32 if quantized.scale.dtype == torch.float32 else torch.int16)
+        rows = LAYOUTS[bits].rows
+        none = torch.empty((0, 0, 0), dtype=torch.uint8)
+        zeros = none if quantized.zero is None else _by_blocks(quantized.zero, rows)
+        self.register_buffer("words", words, persistent=False)
+        self.register_buffer("scales", _by_blocks(scale, rows), persistent=False)
+        self.register_buffer("zeros", zeros, persistent=False)
+        self.register_buffer("order", order, persistent=False)
+        self._packed: PackedRows | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [tokens, in] -> [tokens, out]"""
+        entering = x.detach().float()
+        if self.order is not None:
+            entering = entering[:, self.get_buffer("order")]
+        if self._packed is None:
+            self._packed = self._arrays()
+        return self._packed.product(entering).to(x.dtype)
+
+    def _arrays(self) -> PackedRows:
+        """The buffers as the kernels take them."""
+        from roundel.inference.numba.product import PackedRows
+
+        return PackedRows(
+            words=self.get_buffer("words").numpy().view(np.uint32),
+            scales=self.get_buffer("scales").numpy().view(self._kind),
+            zeros=self.get_buffer("zeros").numpy(),
+            bits=self.bits,
+            shape=self.shape,
+            group=-(-self.columns // 8) * 8,  # a group of all columns may end within an eight
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
+        self._packed = None  # the buffers may be others
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, object]:
+        """A copy has buffers of its own."""
+        return self.__dict__ | {"_packed": None}
+
+
+def _by_blocks(values: Tensor, rows: int) -> Tensor:
+    """[out, groups] -> [blocks, groups, rows of a block], zeros where a block has no such row."""
+    out, groups = values.shape
+    full = torch.zeros((-(-out // rows) * rows, groups), dtype=values.dtype)
+    full[:out] = values
+    return full.view(-1, rows, groups).transpose(1, 2).contiguous()

@@ -1,0 +1,109 @@
+"""Modules in the places of a model's own: rounded layers, and kept matrices that stay in the 16 bits they come in.
+
+On a CPU everything between matrices is computed in float32, while a kept matrix (the embedding, the head, a router)
+would double in size if it were widened; so it is widened as it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from roundel.errors import BackendError
+
+__all__ = ["QuantLinear", "StoredEmbedding", "StoredLinear"]
+
+FEW = 16  # inputs that a kernel multiplies by, widening in registers; beyond, rows are widened for torch
+WIDENED = 1 << 22  # weights widened at a time
+
+
+class QuantLinear(nn.Module):
+    """y = x @ weight.T + bias, the weight packed as its backend likes it.
+
+    name      the layer's name in the checkpoint; backend: the backend's name; device: where it was made to run
+    kernel    what the backend made: x [tokens, in] -> [tokens, out]
+    """
+
+    def __init__(self, name: str, backend: str, device: str, kernel: nn.Module, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.name, self.backend, self.device = name, backend, torch.device(device).type
+        self.out_features, self.in_features = shape
+        self.kernel = kernel
+        self.bias: nn.Parameter | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], in x's dtype."""
+        if x.device.type != self.device:
+            raise BackendError(
+                f"{self.name} was loaded for {self.device} by backend {self.backend}, and its input lies on "
+                f"{x.device.type}. Load the checkpoint again with device={x.device.type!r}."
+            )
+        flat = x.reshape(-1, self.in_features)
+        y: Tensor = self.kernel(flat)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        there = fn(torch.empty(0, device=self.device)).device.type
+        if there != self.device:
+            raise BackendError(
+                f"{self.name} was loaded for {self.device} by backend {self.backend} and cannot be moved to {there}: "
+                f"its weights lie as {self.device} wants them. Load the checkpoint again with device={there!r}."
+            )
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, backend={self.backend}"
+
+
+class StoredLinear(nn.Module):
+    """A kept matrix [out, in] of 16 bits under inputs of 32: widened as it is used, by a kernel where there are few."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias: nn.Parameter | None = None
+        self.out_features, self.in_features = weight.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], in x's dtype."""
+        flat = x.detach().reshape(-1, self.in_features)
+        if len(flat) <= FEW and flat.dtype == torch.float32 and flat.device.type == "cpu":
+            from roundel.inference.numba.product import multiply_floats
+
+            y = multiply_floats(self.weight.detach(), flat)
+        else:
+            y = torch.empty((len(flat), self.out_features), dtype=x.dtype, device=x.device)
+            step = max(1, WIDENED // self.in_features)
+            for start in range(0, self.out_features, step):
+                part = slice(start, start + step)
+                y[:, part] = flat @ self.weight[part].detach().to(x.dtype).T
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class StoredEmbedding(nn.Module):
+    """A model's embedding, its matrix as it is stored, what it gives in another dtype.
+
+    The model's own module is called on the rows that are needed, for it may do more than look them up.
+    """
+
+    def __init__(self, embedding: nn.Embedding, weight: nn.Parameter, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight, self.dtype = weight, dtype
+        self.inner = embedding
+        self.inner.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)  # it is given rows with each call
+        self.inner.padding_idx = None  # rows get other numbers, and without gradients it means nothing
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids [...] -> [..., hidden]"""
+        rows = self.weight.detach()[ids.reshape(-1)].to(self.dtype)
+        places = torch.arange(len(rows), device=ids.device).view(ids.shape)
+        found: Tensor = functional_call(self.inner, {"weight": rows}, (places,))
+        return found

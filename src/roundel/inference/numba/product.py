@@ -1,0 +1,239 @@
+"""Loops around the inner loops of emit.py: over blocks of rows, groups of columns, and inputs."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from roundel.inference.numba.emit import add_floats, add_group, spread_group, widen
+from roundel.inference.numba.layout import LAYOUTS
+from roundel.ops.numba.rows import share_rows
+from roundel.ops.numba.stored import value_of
+from roundel.ops.numba.tensors import stored_bits
+
+__all__ = ["PackedRows", "multiply_floats", "pack_rows_of_words"]
+
+FEW = 16  # inputs at a time, up to which codes are decoded in registers; beyond, once for all into a slab
+SLAB = 1 << 21  # weights decoded at a time for many inputs: 8 MB, which the last cache holds
+LANES = 8
+
+_jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
+
+
+class PackedRows:
+    """A matrix [out, in] of integers, in the words of layout.py.
+
+    words    uint32 [blocks, streams, columns]
+    scales   [blocks, groups, rows of a block], uint16 / int16 / uint32 as `ops.numba.stored` reads them
+    zeros    uint8, like scales, or empty
+    group    columns that share a scale, a multiple of 8
+    """
+
+    def __init__(
+        self, words: np.ndarray, scales: np.ndarray, zeros: np.ndarray, bits: int, shape: tuple[int, int], group: int
+    ) -> None:
+        self.shape, self.group = shape, group
+        self.blocks: int = words.shape[0]
+        self.columns: int = words.shape[2]
+        self.groups: int = scales.shape[1]
+        self.rows: int = scales.shape[2]
+        numbers = (words.reshape(-1), scales.reshape(-1), zeros.reshape(-1))
+        self._stored = (*numbers, bits, self.rows, self.groups, group, words.shape[1], self.columns)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x float32 [inputs, in] -> x @ weight.T, float32 [inputs, out]."""
+        return self._few(x) if len(x) <= FEW else self._many(x)
+
+    def decode(self, begin: int, end: int, slab: np.ndarray) -> None:
+        """The weights of blocks begin .. end, into float32 [their rows, columns]."""
+
+        def share(first: int, last: int) -> None:
+            _decode(*self._stored, begin + first, begin + last, slab[first * self.rows :].reshape(-1))
+
+        share_rows(share, end - begin, self._block_weights)
+
+    def _few(self, x: Tensor) -> Tensor:
+        entering, batch = _whole(x, self.columns)
+        out = np.empty((len(entering), self.blocks * self.rows), np.float32)
+        sums = np.empty((len(entering), self.groups, LANES), np.float32)
+        _sum_groups(entering, self.group, sums)
+        flat = (entering.reshape(-1), sums.reshape(-1), batch)
+        share_rows(lambda begin, end: _product(*self._stored, *flat, begin, end, out), self.blocks, self._block_weights)
+        return torch.from_numpy(out)[: len(x), : self.shape[0]]
+
+    @property
+    def _block_weights(self) -> int:
+        return self.rows * self.columns
+
+    def _many(self, x: Tensor) -> Tensor:
+        out, width = self.shape
+        result = torch.empty((len(x), out), dtype=torch.float32)
+        step = max(1, SLAB // self._block_weights)
+        slab = torch.empty((min(step, self.blocks) * self.rows, self.columns), dtype=torch.float32)
+        numbers = slab.numpy()
+        for begin in range(0, self.blocks, step):
+            end = min(begin + step, self.blocks)
+            self.decode(begin, end, numbers)
+            rows = slice(begin * self.rows, min(end * self.rows, out))
+            result[:, rows] = x @ slab[: rows.stop - rows.start, :width].T
+        return result
+
+
+def pack_rows_of_words(codes: np.ndarray, bits: int, lowest: int = 0) -> np.ndarray:
+    """Codes [out, in] uint8 -> words uint32 [blocks, streams, columns].
+
+    lowest   0 for unsigned codes; the smallest code of signed ones, whose bytes are given
+    """
+    layout, (out, width) = LAYOUTS[bits], codes.shape
+    blocks = -(-out // layout.rows)
+    words = np.zeros((blocks, layout.streams, -(-width // LANES) * LANES), np.uint32)
+    table = [
+        (row, take.word, take.up, take.mask, take.down) for row in range(layout.rows) for take in layout.takes(row)
+    ]
+    entries, above = np.array(table, np.int64), np.uint8(-lowest)
+    share_rows(
+        lambda begin, end: _pack(codes, above, entries, layout.rows, words, begin, end), blocks, layout.rows * width
+    )
+    return words
+
+
+def multiply_floats(weights: Tensor, x: Tensor) -> Tensor:
+    """x float32 [inputs, in] @ weights.T for bfloat16 or float16 weights [out, in], float32 [inputs, out].
+
+    Weights are widened as they are read.
+    """
+    out, width = weights.shape
+    entering, batch = _whole(x, width)
+    result = np.empty((len(entering), out), np.float32)
+    stored, flat = stored_bits(weights).reshape(-1), entering.reshape(-1)
+    share_rows(lambda begin, end: _float_rows(stored, width, flat, batch, begin, end, result), out, width)
+    return torch.from_numpy(result)[: len(x)]
+
+
+def _whole(x: Tensor, columns: int) -> tuple[np.ndarray, int]:
+    """Inputs with zeros up to whole batches and so many columns, and how many a batch is."""
+    count, width = x.shape
+    batch = 1 if count == 1 else 4
+    if count % batch == 0 and width == columns:
+        return x.contiguous().numpy(), batch
+    entering = np.zeros((-(-count // batch) * batch, columns), np.float32)
+    entering[:count, :width] = x.numpy()
+    return entering, batch
+
+
+@_jit
+def _pack(codes, above, table, rows, words, begin, end):  # type: ignore[no-untyped-def]
+    out, width = codes.shape
+    for block in range(begin, end):
+        for entry in range(table.shape[0]):
+            row = block * rows + table[entry, 0]
+            if row < out:
+                off, mask, shift = np.uint32(table[entry, 2]), np.uint32(table[entry, 3]), np.uint32(table[entry, 4])
+                line, stored = words[block, table[entry, 1]], codes[row]
+                for column in range(width):
+                    code = np.uint32(np.uint8(stored[column] + above))  # wraps around, as two's complement does
+                    line[column] |= np.uint32(np.uint32(code >> off) & mask) << shift
+
+
+@_jit
+def _sum_groups(x, group, sums):  # type: ignore[no-untyped-def]
+    inputs, columns = x.shape
+    for each in range(inputs):
+        for part in range(sums.shape[1]):
+            line = sums[each, part]
+            line[:] = 0
+            for column in range(part * group, min((part + 1) * group, columns), 8):
+                eight = x[each, column : column + 8]
+                for lane in range(8):
+                    line[lane] += eight[lane]
+
+
+@_jit
+def _widen(stored, at, rows, out):  # type: ignore[no-untyped-def]
+    if rows == 8:
+        widen(stored, at, out, 8)
+    elif rows == 16:
+        widen(stored, at, out, 16)
+    else:
+        widen(stored, at, out, 32)
+
+
+@_jit
+def _product(words, scales, zeros, bits, rows, groups, group, streams, columns, x, sums, batch, begin, end, out):  # type: ignore[no-untyped-def]
+    scale, zero = np.empty(rows, np.float32), np.full(rows, 1 << (bits - 1), np.float32)
+    total = np.empty(rows * batch * 8, np.float32)
+    gap = groups * 8
+    for block in range(begin, end):
+        for each in range(0, out.shape[0], batch):
+            total[:] = 0
+            for part in range(groups):
+                _widen(scales, (block * groups + part) * rows, rows, scale)
+                if zeros.size:
+                    _widen(zeros, (block * groups + part) * rows, rows, zero)
+                first = part * group
+                steps = (min(first + group, columns) - first) // 8
+                at, xa, s = block * streams * columns + first, each * columns + first, (each * groups + part) * 8
+                if batch == 1 and bits == 4:
+                    add_group(words, at, columns, x, xa, columns, steps, sums, s, gap, scale, zero, total, 4, 1)
+                elif batch == 1 and bits == 8:
+                    add_group(words, at, columns, x, xa, columns, steps, sums, s, gap, scale, zero, total, 8, 1)
+                elif batch == 1 and bits == 2:
+                    add_group(words, at, columns, x, xa, columns, steps, sums, s, gap, scale, zero, total, 2, 1)
+                elif batch == 1:
+                    add_group(words, at, columns, x, xa, columns, steps, sums, s, gap, scale, zero, total, 3, 1)
+                elif bits == 4:
+                    add_group(words, at, columns, x, xa, columns, steps, sums, s, gap, scale, zero, total, 4, 4)
+                elif bits == 8:
+                    add_group(words, at, columns, x, xa, columns, steps, sums, s, gap, scale, zero, total, 8, 4)
+                elif bits == 2:
+                    add_group(words, at, columns, x, xa, columns, steps, sums, s, gap, scale, zero, total, 2, 4)
+                else:
+                    add_group(words, at, columns, x, xa, columns, steps, sums, s, gap, scale, zero, total, 3, 4)
+            for row in range(rows):
+                for other in range(batch):
+                    found = np.float32(0)
+                    for lane in range(8):
+                        found += total[(row * batch + other) * 8 + lane]
+                    out[each + other, block * rows + row] = found
+
+
+@_jit
+def _decode(words, scales, zeros, bits, rows, groups, group, streams, columns, begin, end, out):  # type: ignore[no-untyped-def]
+    scale, zero = np.empty(rows, np.float32), np.full(rows, 1 << (bits - 1), np.float32)
+    for block in range(begin, end):
+        for part in range(groups):
+            _widen(scales, (block * groups + part) * rows, rows, scale)
+            if zeros.size:
+                _widen(zeros, (block * groups + part) * rows, rows, zero)
+            first = part * group
+            steps = (min(first + group, columns) - first) // 8
+            at, to = block * streams * columns + first, (block - begin) * rows * columns + first
+            if bits == 4:
+                spread_group(words, at, columns, steps, scale, zero, out, to, columns, 4)
+            elif bits == 8:
+                spread_group(words, at, columns, steps, scale, zero, out, to, columns, 8)
+            elif bits == 2:
+                spread_group(words, at, columns, steps, scale, zero, out, to, columns, 2)
+            else:
+                spread_group(words, at, columns, steps, scale, zero, out, to, columns, 3)
+
+
+@_jit
+def _float_rows(weights, width, x, batch, begin, end, out):  # type: ignore[no-untyped-def]
+    steps, total = width // 32, np.empty(batch * 8, np.float32)
+    for row in range(begin, end):
+        at = row * width
+        for first in range(0, out.shape[0], batch):
+            if batch == 1:
+                add_floats(weights, at, x, first * width, width, steps, total, 1)
+            else:
+                add_floats(weights, at, x, first * width, width, steps, total, 4)
+            for each in range(batch):
+                found = np.float32(0)
+                for lane in range(8):
+                    found += total[each * 8 + lane]
+                for column in range(steps * 32, width):
+                    found += value_of(weights[at + column]) * x[(first + each) * width + column]
+                out[first + each, row] = found

@@ -1,0 +1,135 @@
+"""Text from a loaded model, token by token: a prompt continued, and a conversation in the model's own template."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from roundel.calibration.architecture import quiet
+from roundel.errors import RecipeError, SourceError
+
+__all__ = ["Drawing", "answered", "continued", "tokenizer_for"]
+
+Turns = Sequence[Mapping[str, str]]
+Write = Callable[[str], None]
+
+
+def tokenizer_for(folder: str | Path, model: nn.Module, *, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's tokenizer. Raises SourceError when there is none, or it has tokens that the model has not."""
+    from transformers import AutoTokenizer
+
+    with quiet():
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SourceError(
+                f"{folder} holds no tokenizer that can be read ({error}). Copy the model's tokenizer files there."
+            ) from error
+    known: Any = model
+    rows, highest = known.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= rows:
+        raise SourceError(
+            f"The tokenizer of {folder} has a token {highest}, and the model's embedding ends at {rows - 1}. It "
+            "belongs to another model; copy the right tokenizer files there."
+        )
+    return tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How tokens are chosen.
+
+    tokens        at most so many; fewer when the model ends
+    temperature   0 takes the likeliest token each time; None: as the checkpoint's generation_config says
+    top_p         only the likeliest tokens that together have this probability; None: as temperature
+    seed          of what is drawn; None: another text each time
+    """
+
+    tokens: int = 256
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise RecipeError(f"{self.tokens} tokens are none to write. Ask for 1 or more.")
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise RecipeError(f"A temperature of {self.temperature} is not possible. Use 0 or more.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise RecipeError(f"top_p={self.top_p} is not possible. Use a number above 0, at most 1.")
+
+    def options(self, room: int) -> dict[str, Any]:
+        """What `generate` is told, when there is room for so many tokens."""
+        found: dict[str, Any] = {"max_new_tokens": min(self.tokens, room)}
+        if self.temperature == 0:
+            return found | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if self.temperature is not None:
+            found |= {"do_sample": True, "temperature": self.temperature}
+        if self.top_p is not None:
+            found |= {"do_sample": True, "top_p": self.top_p}
+        return found
+
+
+def continued(model: nn.Module, tokenizer: Any, prompt: str, write: Write, drawing: Drawing) -> str:
+    """What the model writes after a prompt; `write` gets it in pieces as they come.
+
+    Raises RecipeError for an empty prompt, or one longer than the model reads.
+    """
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise RecipeError("An empty prompt cannot be continued. Give at least one word.")
+    return _written(model, tokenizer, ids, write, drawing)
+
+
+def answered(model: nn.Module, tokenizer: Any, turns: Turns, write: Write, drawing: Drawing) -> str:
+    """The model's next turn in a conversation; `write` gets it in pieces as they come.
+
+    turns   {"role": "system" | "user" | "assistant", "content": text}, the last one the user's
+    Raises SourceError when the tokenizer has no chat template, or the template refuses the turns.
+    """
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise SourceError(
+            "The tokenizer has no chat template, so the model was not made for conversations. Use `roundel generate`."
+        )
+    try:
+        ids = tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, return_dict=False)
+    except TemplateError as error:
+        raise SourceError(f"The chat template refuses this conversation ({error}).") from error
+    return _written(model, tokenizer, ids, write, drawing)
+
+
+def _written(model: nn.Module, tokenizer: Any, ids: Sequence[int], write: Write, drawing: Drawing) -> str:
+    from transformers import TextStreamer
+
+    class Pieces(TextStreamer):  # type: ignore[misc]
+        """Hands on whole characters, as soon as no later token can change them."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if text:
+                pieces.append(text)
+                write(text)
+
+    pieces: list[str] = []
+    known: Any = model
+    limit = getattr(known.config.get_text_config(), "max_position_embeddings", None) or len(ids) + drawing.tokens
+    if len(ids) >= limit:
+        raise RecipeError(f"The prompt has {len(ids)} tokens and the model reads {limit}. Shorten it.")
+    if drawing.seed is not None:
+        torch.manual_seed(drawing.seed)
+    entering = torch.tensor([list(ids)], device=known.device)
+    with quiet(), torch.no_grad():
+        known.generate(
+            entering,
+            attention_mask=torch.ones_like(entering),
+            streamer=Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            **drawing.options(limit - len(ids)),
+        )
+    return "".join(pieces)

@@ -1,0 +1,127 @@
+"""`roundel generate` and `roundel chat` on the bundled model, rounded."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import roundel
+from commands import command
+from roundel.data.bundled import bundled_model
+from roundel.evaluation.models import continuation, float_model, tokenizer_of
+
+PROMPT = "It was a dark night, and"
+TEMPLATE = (
+    "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rounded") / "out"
+    roundel.quantize(bundled_model(), folder, scheme="W4A16", workers=1)
+    return folder
+
+
+def talking(rounded: Path, folder: Path) -> Path:
+    """The same with a chat template."""
+    shutil.copytree(rounded, folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": TEMPLATE}))
+    return folder
+
+
+def test_generate_writes_what_the_float_model_writes_in_eight_bits(tmp_path: Path) -> None:
+    roundel.quantize(bundled_model(), tmp_path, scheme="W8A16", workers=1)
+    found = command("generate", tmp_path, PROMPT, "--max-new-tokens", 6, "--temperature", 0)
+    source = bundled_model()
+    expected = PROMPT + continuation(float_model(source), tokenizer_of(source), PROMPT, 6)
+    assert (found.code, found.output) == (0, " ".join(expected.split()))
+
+
+def test_generate_draws_the_same_with_the_same_seed(rounded: Path) -> None:
+    options = ("--max-new-tokens", 12, "--temperature", 1, "--seed")
+    one, same, other = (command("generate", rounded, PROMPT, *options, seed) for seed in (1, 1, 2))
+    assert one.code == 0 and one.output == same.output != other.output
+
+
+def test_generate_runs_a_checkpoint_that_is_not_rounded() -> None:
+    found = command("generate", bundled_model(), PROMPT, "--max-new-tokens", 3, "--temperature", 0)
+    assert found.code == 0 and found.output.startswith(PROMPT) and len(found.output) > len(PROMPT)
+
+
+def test_chat(rounded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = talking(rounded, tmp_path / "talking")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Who are you?\nWhy?\n\nnot read\n"))
+    found = command("chat", folder, "--system", "Be brief.", "--max-new-tokens", 4, "--temperature", 0)
+    assert found.code == 0 and found.output.count(">") == 3
+
+
+def test_a_chat_goes_on_where_it_was(rounded: Path, tmp_path: Path) -> None:
+    """The second answer is to the whole conversation."""
+    from roundel.inference.text import Drawing, answered, continued, tokenizer_for
+
+    folder = talking(rounded, tmp_path / "talking")
+    model = roundel.load(folder)
+    tokenizer = tokenizer_for(folder, model)
+    drawing, pieces = Drawing(tokens=5, temperature=0), []
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}]
+    turns.append({"role": "user", "content": "Why?"})
+    found = answered(model, tokenizer, turns, pieces.append, drawing)
+    text = "user: Who?\nassistant: I.\nuser: Why?\nassistant:"
+    assert found == "".join(pieces) == continued(model, tokenizer, text, lambda _: None, drawing)
+    assert found
+
+
+def test_no_chat_template(rounded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+    found = command("chat", rounded)
+    assert found.code == 5 and "no chat template" in found.error and "roundel generate" in found.error
+
+
+def test_no_tokenizer(rounded: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(rounded, tmp_path / "out", ignore=shutil.ignore_patterns("tokenizer*"))
+    found = command("generate", folder, PROMPT)
+    assert found.code == 5 and "holds no tokenizer that can be read" in found.error
+
+
+def test_a_tokenizer_of_another_model(rounded: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(rounded, tmp_path / "out")
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["added_tokens"].append(
+        {
+            "id": 99999, "content": "<new>", "single_word": False, "lstrip": False, "rstrip": False,
+            "normalized": False, "special": True,
+        }
+    )  # fmt: skip
+    path.write_text(json.dumps(tokenizer))
+    found = command("generate", folder, PROMPT)
+    assert found.code == 5 and "belongs to another model" in found.error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--backend", "nunba"), "Did you mean 'numba'?"),
+        (("--temperature", "-1"), "A temperature of -1.0 is not possible"),
+        (("--top-p", "2"), "top_p=2.0 is not possible"),
+        (("--max-new-tokens", "0"), "0 tokens are none to write"),
+        (("--device", "gpu"), "none that torch knows"),
+    ],
+)
+def test_wishes_that_make_no_sense(rounded: Path, options: tuple[str, ...], message: str) -> None:
+    found = command("generate", rounded, PROMPT, *options)
+    assert found.code == 2 and message in found.error
+
+
+def test_prompts_that_cannot_be_continued(rounded: Path) -> None:
+    empty = command("generate", rounded, "")
+    assert empty.code == 2 and "empty prompt" in empty.error
+    long = command("generate", rounded, "night " * 5000)
+    assert long.code == 2 and "Shorten it" in long.error
