@@ -176,15 +176,19 @@ def _moved(quantized: QuantizedTensor, device: str) -> QuantizedTensor:
     """The same numbers on a device."""
     if device == "cpu":
         return quantized
-    scale = quantized.scale
+    scale, offset = quantized.scale, quantized.offset
     return replace(
         quantized,
         codes=quantized.codes.to(device),
         scale=_moved(scale, device) if isinstance(scale, QuantizedTensor) else scale.to(device),
         zero=None if quantized.zero is None else quantized.zero.to(device),
-        offset=None if quantized.offset is None else quantized.offset.to(device),
+        offset=_moved(offset, device) if isinstance(offset, QuantizedTensor) else _or_none(offset, device),
         group_index=None if quantized.group_index is None else quantized.group_index.to(device),
     )
+
+
+def _or_none(tensor: Tensor | None, device: str) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
 
 
 def _misfit(tensor: str, found: tuple[int, ...], wanted: torch.Size) -> SourceError:

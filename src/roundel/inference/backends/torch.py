@@ -40,9 +40,11 @@ class Decoding(nn.Module):
         """format: the one that says which floats the codes mean to its readers."""
         super().__init__()
         self.format, self.grid, self.shape = format, quantized.grid, quantized.shape
-        scale = quantized.scale
+        scale, offset = quantized.scale, quantized.offset
         if isinstance(scale, QuantizedTensor):  # one for each block, and they are few: kept as floats
             self.grid, scale = replace(self.grid, scale="F32"), plain(scale)
+        if isinstance(offset, QuantizedTensor):
+            self.grid, offset = replace(self.grid, offset="F32"), plain(offset)
         element = self.grid.element
         codes = quantized.codes.contiguous().view(torch.uint8)
         if _is_signed(element):
@@ -54,7 +56,7 @@ class Decoding(nn.Module):
         self._dtypes = {"codes": quantized.codes.dtype}
         self._keep("scale", scale)
         self._keep("zero", quantized.zero)
-        self._keep("offset", quantized.offset)
+        self._keep("offset", offset)
         self._keep("group_index", quantized.group_index)
 
     def forward(self, x: Tensor) -> Tensor:
