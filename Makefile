@@ -27,7 +27,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 # The tools that roundel is compared with, each in an environment of its own; never imported by ours.
 peers: $(PEERS)/auto-round/.ready $(PEERS)/gptqmodel/.ready $(PEERS)/llmcompressor/.ready $(PEERS)/hqq/.ready \
-    $(PEERS)/mlx/.ready $(PEERS)/bnb/.ready
+    $(PEERS)/gguf/.ready $(PEERS)/mlx/.ready $(PEERS)/bnb/.ready
 
 $(PEERS)/auto-round/.ready: constraints.txt
 	$(PYTHON) -m venv $(PEERS)/auto-round
@@ -60,6 +60,12 @@ $(PEERS)/hqq/.ready: constraints.txt
 	$(call PIP,$(PEERS)/hqq) torch==2.13.0 hqq==0.2.8.post1 transformers==5.23.0 accelerate==1.15.0
 	touch $@
 
+# llama.cpp as a wheel, whose library exports ggml's quantizer; and its reader of GGUF files.
+$(PEERS)/gguf/.ready:
+	$(PYTHON) -m venv $(PEERS)/gguf
+	$(call PIP,$(PEERS)/gguf) xllamacpp==2026.10.11549 gguf==0.19.0 numpy==2.4.6
+	touch $@
+
 $(PEERS)/mlx/.ready: constraints.txt
 	$(PYTHON) -m venv $(PEERS)/mlx
 	$(call PIP,$(PEERS)/mlx) 'mlx[cpu]==0.32.4' mlx-lm==0.32.2 transformers==5.23.0
@@ -73,7 +79,7 @@ $(PEERS)/bnb/.ready: constraints.txt
 
 # Bit for bit against auto-round, and our files in the runtimes that read them.
 parity: $(VENV)/.ready peers
-	$(VENV)/bin/python -m pytest tests/peers/test_auto_round.py
+	$(VENV)/bin/python -m pytest tests/peers/test_auto_round.py tests/peers/test_ggml.py
 
 consumers: $(VENV)/.ready peers
 	$(VENV)/bin/python -m pytest tests/peers/test_consumers.py

@@ -20,6 +20,7 @@ import torch
 from contenders import Duel, Peer, Scheme
 from torch import Tensor
 
+from roundel.checkpoint import open_checkpoint
 from roundel.evaluation.models import decoded_model, float_model, logits_of, tokenizer_of
 from roundel.evaluation.perplexity import BATCH, compare, windows
 
@@ -61,6 +62,13 @@ class Yardstick:
         said = iter(self._logits)  # `compare` asks for the windows in order
         compared = compare(lambda ids: next(said), logits_of(model), self.windows)
         return compared.perplexity, compared.kl_mean
+
+    def measure_ours(self, folder: Path) -> tuple[float, float]:
+        """The same of a checkpoint that roundel wrote, decoded."""
+        checkpoint = open_checkpoint(folder)
+        weights = {name: checkpoint.decode(name) for name in checkpoint.layers}
+        checkpoint.close()
+        return self.measure(decoded_model(folder, weights))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +125,6 @@ class Bench:
 
     def ours(self, duel: Duel, scheme: Scheme, seed: int) -> Measured:
         """Ours, run anew. Raises Failed."""
-        from roundel.checkpoint import open_checkpoint
-
         out = BENCH / f"roundel-{os.getpid()}"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
@@ -130,10 +136,7 @@ class Bench:
             command += ["--dataset", str(self.tokens(seed)), "--nsamples", str(self.nsamples)]
             command += ["--seqlen", str(self.seqlen), "--seed", str(seed)]
         seconds = _run(command, out)
-        checkpoint = open_checkpoint(out / "model")
-        weights = {name: checkpoint.decode(name) for name in checkpoint.layers}
-        checkpoint.close()
-        perplexity, divergence = self.yardstick.measure(decoded_model(out / "model", weights))
+        perplexity, divergence = self.yardstick.measure_ours(out / "model")
         shutil.rmtree(out)
         bits = scheme.bits + (16 + (0 if scheme.symmetric else scheme.bits)) / scheme.group_size
         return Measured(perplexity=perplexity, divergence=divergence, seconds=seconds, bits_per_weight=bits)

@@ -24,13 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measuring import ROOT, matmul_peak
 
 from roundel.algorithms.gptq import Gptq
 from roundel.algorithms.hessians import Collector
 from roundel.scheme import Scheme
 from roundel.unit import Layer, Stored, Unit
 
-ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / ".bench" / "gptq"
 TOKENS, BATCH = 2048, 8
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
@@ -122,17 +122,6 @@ def theirs(threads: int, peer: Path) -> dict[str, Times]:
     }
 
 
-def peak() -> float:
-    """torch's best product of square matrices, operations a second."""
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    best = float("inf")
-    for _ in range(8):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        best = min(best, time.perf_counter() - start)
-    return 2 * 2048**3 / best
-
-
 def operations(shapes: Mapping[str, tuple[int, int]], group: Sequence[str], tokens: int) -> tuple[float, float]:
     """That collecting and rounding cannot do without: products of half a matrix, its factors, feedback."""
     width = shapes[group[0]][1]
@@ -164,7 +153,7 @@ def main() -> None:
         ours({**shapes}, {})  # compiles the kernels once after an install
         fastest = 0.0
         for _ in range(arguments.runs):
-            fastest = max(fastest, peak())
+            fastest = max(fastest, matmul_peak())
             for name, run in contenders.items():
                 times = run()
                 best[name] = {g: t.least(best[name][g]) for g, t in times.items()} if name in best else times

@@ -11,19 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
+from measuring import BENCH, Run, measure
 from synthetic import SHAPES, Shape, make
 
-ROOT = Path(__file__).resolve().parents[1]
-BENCH = ROOT / ".bench"
 VOCABULARY = 8192  # the embedding is read once, before the first block
 CHAINS = "opt-rtn --imatrix,gptq,awq+rtn --n-grid 4,signround --iters 2"
 
@@ -33,8 +29,7 @@ def block_bytes(shape: Shape) -> int:
     return sum(4 * a * b for name, (a, *rest) in shape.tensors() if ".layers.0." in name for b in rest)
 
 
-def measure(model: Path, chain: str, data: Path, arguments: argparse.Namespace) -> tuple[float, float]:
-    """Peak resident GB and seconds."""
+def quantize(model: Path, chain: str, data: Path, arguments: argparse.Namespace) -> Run:
     name, *options = chain.split()
     out = BENCH / "memory"
     shutil.rmtree(out, ignore_errors=True)
@@ -42,13 +37,7 @@ def measure(model: Path, chain: str, data: Path, arguments: argparse.Namespace) 
     command += ["--algorithm", name.replace("+", ","), *options, "--dataset", str(data), "--offload", "disk"]
     for option in ("nsamples", "seqlen", "batch-size"):
         command += [f"--{option}", str(getattr(arguments, option.replace("-", "_")))]
-    log, started = BENCH / "memory.log", time.perf_counter()
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed:\n{log.read_text(errors='replace')[-3000:]}")
-    return usage.ru_maxrss * 1024 / 1e9, time.perf_counter() - started
+    return measure(command)
 
 
 def main() -> None:
@@ -72,9 +61,9 @@ def main() -> None:
     for chain in arguments.chains.split(","):
         for layers in map(int, arguments.layers.split(",")):
             model = make(BENCH / f"llama-8b-{layers}", replace(one, layers=layers), 2_000_000_000)
-            peak, seconds = measure(model, chain, data, arguments)
-            share = peak * 1e9 / block_bytes(one)
-            print(f"| {chain} | {layers} | {peak:.2f} | {share:.2f} | {seconds:.0f} |", flush=True)
+            run = quantize(model, chain, data, arguments)
+            share = run.peak * 1e6 / block_bytes(one)
+            print(f"| {chain} | {layers} | {run.peak / 1e3:.2f} | {share:.2f} | {run.wall:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

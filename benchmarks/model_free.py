@@ -19,34 +19,11 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-BENCH = ROOT / ".bench"
+from measuring import BENCH, ROOT, Run, measure
+
 LAYERS = (28, 112)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One process: seconds on the clock, seconds of processor, peak resident megabytes (10^6 bytes)."""
-
-    wall: float
-    cpu: float
-    peak: float
-
-
-def measure(command: list[str]) -> Run:
-    """Run a program and its children to the end. Raises SystemExit with its output when it fails."""
-    log = BENCH / "log.txt"
-    started = time.perf_counter()
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - started
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed:\n{log.read_text(errors='replace')[-3000:]}")
-    return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6)
 
 
 def roundel(model: Path, scheme: str) -> Run:

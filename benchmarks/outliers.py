@@ -20,9 +20,7 @@ from pathlib import Path
 import torch
 from accuracy_runs import Yardstick
 
-from roundel.checkpoint import open_checkpoint
 from roundel.data.bundled import bundled_model
-from roundel.evaluation.models import decoded_model
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -46,13 +44,6 @@ def quantize(model: Path, scheme: str, chain: str, arguments: argparse.Namespace
     return out
 
 
-def perplexity(yardstick: Yardstick, folder: Path) -> float:
-    checkpoint = open_checkpoint(folder)
-    weights = {name: checkpoint.decode(name) for name in checkpoint.layers}
-    checkpoint.close()
-    return yardstick.measure(decoded_model(folder, weights))[0]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calib", type=Path, required=True)
@@ -72,10 +63,10 @@ def main() -> None:
     print("| scheme | algorithm | perplexity | with outliers | recovered |")
     print("| --- | --- | --- | --- | --- |")
     for scheme in arguments.schemes.split(","):
-        best = perplexity(yardstick, quantize(plain, scheme, "rtn", arguments))
+        best = yardstick.measure_ours(quantize(plain, scheme, "rtn", arguments))[0]
         worst = 0.0
         for chain in CHAINS:
-            found = perplexity(yardstick, quantize(hurt, scheme, chain, arguments))
+            found = yardstick.measure_ours(quantize(hurt, scheme, chain, arguments))[0]
             worst = worst or found
             won = (math.log(worst) - math.log(found)) / (math.log(worst) - math.log(best))
             cells = (f"{best:.2f}", f"{found:.2f}", "") if chain == "rtn" else ("", f"{found:.2f}", f"{won:.0%}")

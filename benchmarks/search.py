@@ -4,11 +4,7 @@ rounding's.
     python benchmarks/search.py [SCHEME ...]
 
 Weights are normal, [1024, 4096] in bfloat16, with importances spread over some orders of magnitude; seconds are the
-thread's own (what other programs take of the core is left out), the best of three.
-
-AMD EPYC 7003 at 2.45 GHz, one core, 2025-11-21:
-
-TABLE
+thread's own (what other programs take of the core is left out), the best of three. docs/benchmarks.md keeps a run.
 """
 
 from __future__ import annotations

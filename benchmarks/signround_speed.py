@@ -27,12 +27,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from measuring import BENCH, ROOT, matmul_peak
 from synthetic import SHAPES, Shape, make
 
 from roundel.data.bundled import bundled_model
 
-ROOT = Path(__file__).resolve().parents[1]
-BENCH = ROOT / ".bench"
 VOCABULARY = 4096  # the block does not depend on it
 WARM = 3  # steps that do not count
 
@@ -104,17 +103,6 @@ def _settings(arguments: argparse.Namespace) -> list[str]:
     return [text for name in names for text in (f"--{name}", str(getattr(arguments, name)))]
 
 
-def peak() -> float:
-    """torch's best product of square matrices, operations a second."""
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    best = float("inf")
-    for _ in range(8):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        best = min(best, time.perf_counter() - start)
-    return 2 * 2048**3 / best
-
-
 def operations(shape: Shape, batch: int, tokens: int) -> float:
     """Of a step: each weight takes part in three products of two operations for every token, and each pair of tokens
     (a causal half of them) in six of the attention's."""
@@ -149,7 +137,7 @@ def main() -> None:
         fastest, best = 0.0, {}
         ours(model, argparse.Namespace(**{**vars(arguments), "steps": WARM + 2}))  # compiles the kernels once
         for _ in range(arguments.runs):
-            fastest = max(fastest, peak())
+            fastest = max(fastest, matmul_peak())
             runs = {"roundel": lambda model=model: ours(model, arguments)}
             if not arguments.no_peer:
                 runs["auto-round"] = lambda model=model: theirs(model, arguments, True)

@@ -236,6 +236,50 @@ def test_weights_that_are_not_finite_are_found_before_any_block_is_done(data: Pa
         roundel.quantize(model, tmp_path / "out", **options("gptq", data))
 
 
+@pytest.mark.parametrize(("scheme", "largest"), [("FP8_STATIC", 448.0), ("NVFP4", 6.0 * 448.0)])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+def test_inputs_are_measured_where_their_scale_is_stored(
+    scheme: str, largest: float, model_type: str, data: Path, tmp_path: Path
+) -> None:
+    """Also with an algorithm that looks at nothing; against what transformers' model is given."""
+    import transformers
+
+    model = build(model_type, tmp_path / "model")
+    wish = {"scheme": scheme, "format": "llm_compressor", "nsamples": SAMPLES, "seqlen": TOKENS, "dataset": str(data)}
+    report = roundel.quantize(model, tmp_path / "out", **wish)
+    assert verify(tmp_path / "out").problems == ()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    name, peaks = "model.layers.0.self_attn.q_proj", []
+    loaded.get_submodule(name).register_forward_pre_hook(lambda _, x: peaks.append(float(x[0].abs().max())))
+    with torch.no_grad():
+        loaded(input_ids=torch.tensor([json.loads(line)["input_ids"] for line in data.read_text().splitlines()]))
+    checkpoint = open_checkpoint(tmp_path / "out")
+    scales = {n: checkpoint.unpack(layer).input_scale for n, layer in checkpoint.layers.items()}
+    checkpoint.close()
+    assert set(scales) == {row.name for row in report.rounded}
+    assert all(scale is not None and float(scale) > 0 for scale in scales.values())
+    assert float(scales[name]) == pytest.approx(max(peaks) / largest, rel=0.005)  # bfloat16
+    assert scales[name] == scales["model.layers.0.self_attn.k_proj"] != scales["model.layers.0.self_attn.o_proj"]
+
+
+def test_an_expert_that_no_token_reached_is_scaled_as_its_siblings(tmp_path: Path) -> None:
+    model = build("qwen3_moe", tmp_path / "model")
+    wish: dict[str, Any] = {"scheme": "FP8_STATIC", "format": "llm_compressor", "nsamples": 1, "seqlen": 2}
+    report = roundel.quantize(model, tmp_path / "out", dataset=[[5, 6]], **wish)
+    unseen = [row for row in report.rounded if "siblings" in (row.note or "")]
+    assert unseen and all(".experts." in row.name for row in unseen)
+    assert verify(tmp_path / "out").problems == ()
+
+
+def test_a_fallback_is_a_row_and_strictly_an_error(data: Path, tmp_path: Path) -> None:
+    model = build("llama", tmp_path / "model")
+    wish = options("gptq", data, min_tokens=SAMPLES * TOKENS + 1)
+    report = roundel.quantize(model, tmp_path / "out", **wish)
+    assert all("tokens reached it, fewer than 193: rtn" in (row.note or "") for row in report.rounded)
+    with pytest.raises(NumericsError, match=r"layers\.0\..*fewer than 193.*--strict.*--nsamples"):
+        roundel.quantize(model, tmp_path / "strict", strict=True, **wish)
+
+
 @pytest.mark.parametrize(
     ("wish", "message"),
     [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "src" / "roundel"
 FLOORS = (  # from the lowest; a part imports only from rows above its own, and from itself
-    ("errors", "interruption"),
+    ("errors", "interruption", "memory"),
     ("scheme",),
     ("tensor",),
     ("unit",),

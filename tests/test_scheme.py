@@ -48,12 +48,13 @@ def test_altered_replaces_only_what_is_named() -> None:
     ("make", "words"),
     [
         (lambda: Scheme.parse("W4B16"), ["W4B16", "W4A16"]),
-        (lambda: Scheme.parse("INT8"), ["INT8", "Known are"]),  # W8A8 to auto-round, so not quietly W8A16 here
+        (lambda: Scheme.parse("INT4"), ["INT4", "Known are"]),  # W4A4 to auto-round, so not quietly W4A16 here
         (lambda: Scheme.parse("W9A16"), ["9", "2 to 8"]),
         (lambda: Scheme.parse("W4A16_MIXED"), ["mix"]),
         (lambda: integer_scheme(4, 0), ["group_size=0", "-1"]),
         (lambda: integer_scheme(4, -2), ["group_size=-2"]),
         (lambda: Scheme.parse("MXFP4").altered(group_size=64), ["MXFP4", "fixed"]),
+        (lambda: Scheme.parse("INT8_W8A8").altered(bits=4), ["INT8_W8A8", "fixed"]),
         (lambda: Scheme.parse({"bitz": 4}), ["bitz", "bits"]),
         (lambda: Scheme.parse({"bits": "4"}), ["bits", "whole number"]),
         (lambda: Scheme.parse({"bits": True}), ["bits", "whole number"]),
@@ -77,6 +78,14 @@ def test_blocks_and_bits() -> None:
         element=ELEMENTS["e2m1"], block=(1, 16), scale=Grid(element=ELEMENTS["e4m3"], block=(0, 0), scale="F32")
     )
     assert nested.bits_per_weight((64, 64)) == 4 + 8 / 16 + 32 / 4096
+
+
+def test_presets_whose_inputs_are_rounded_say_whose_scales_are_stored() -> None:
+    stored = {name for name, scheme in PRESETS.items() if scheme.stores_input_scale}
+    assert stored == {"NVFP4", "FP8_STATIC", "FP8"}
+    assert Scheme.parse("int8") == Scheme.parse("W8A8") == PRESETS["INT8_W8A8"]
+    assert PRESETS["INT8_W8A8"].weight == Scheme.parse("W8A16G-1").weight
+    assert PRESETS["NVFP4"].weight == PRESETS["NVFP4A16"].weight
 
 
 def test_mixes_name_presets() -> None:

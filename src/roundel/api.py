@@ -88,7 +88,7 @@ def quantize(
         held.callback(checkpoint.close)
         calibration = (
             calibration_of(checkpoint, wish, dataset, offload=offload, trust_remote_code=trust_remote_code, tick=tick)
-            if wish.chain.reads_activations
+            if wish.reads_activations
             else None
         )
         report = quantize_checkpoint(

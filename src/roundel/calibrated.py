@@ -7,8 +7,6 @@ next. Bytes, then activations, then the journal's line: a killed run continues a
 from __future__ import annotations
 
 import json
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,10 +20,12 @@ from roundel.io.journal import Journal
 from roundel.io.safetensors import Shard
 from roundel.io.source import LocalFiles
 from roundel.matrices import Demoted, as_bytes, errors_of, finite, sound
+from roundel.memory import peak_memory
 from roundel.output import FRONTIER
 from roundel.planning import Plan, Work, part_of
 from roundel.report import LOG, Progress, Row, row_of
-from roundel.unit import Unit
+from roundel.tensor import TensorSpec
+from roundel.unit import Decodable, Unit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -174,6 +174,8 @@ class Units:
         return streams
 
     def _unit(self, work: Work, streams: dict[str, Frontier], following: str | None) -> dict[str, Frontier]:
+        from roundel.calibration.input_scales import with_input_scales
+
         started = time.perf_counter()
         block = self._block(work)
         is_last = following is None
@@ -183,17 +185,16 @@ class Units:
             behind["float"] = self._frontier(following or f"{work.name}.behind", "float")
             self._advance(block, weights, streams["float"], behind["float"])
         unit, notes = self._transformed(self._make(work, block, weights, streams, behind))
-        rounded = self.chain.algorithm.quantize(unit)
+        rounded = with_input_scales(unit, self.chain.algorithm.quantize(unit))
         row = self._write(work, unit, weights, rounded, notes)
         seconds = time.perf_counter() - started
         if not is_last:
             behind["quantized"] = self._frontier(following or "", "quantized")
-            decoded = dict(unit.weights)
-            del unit, weights
-            for layer in work.layers:
-                decoded[layer.tensor] = rounded.pop(layer.name).tensor.decode().to(self.device)
-            self._advance(block, decoded, streams["quantized"], behind["quantized"])
-            del decoded
+            found: dict[str, Tensor | Decodable] = dict(unit.weights)
+            found |= {layer.tensor: rounded[layer.name].tensor for layer in work.layers}
+            del unit, weights, rounded
+            self._advance(block, found, streams["quantized"], behind["quantized"])
+            del found
             behind.setdefault("float", behind["quantized"])
             for frontier in set(behind.values()):
                 frontier.save()
@@ -220,10 +221,11 @@ class Units:
         return several[0] if len(several) == 1 else Blocks(work.name, several)
 
     def _weights(self, work: Work, block: Block | Blocks) -> dict[str, Tensor]:
-        """All tensors of a unit as float32, by name. Raises NumericsError for weights that are not finite."""
+        """All tensors of a unit by name: matrices as they are stored, what stays as float32. Raises NumericsError for
+        weights that are not finite."""
         weights: dict[str, Tensor] = {}
         for layer in (*work.layers, *work.decodes):
-            weights[layer.tensor] = self._float(finite(layer, self.checkpoint.weights(layer)))
+            weights[layer.tensor] = finite(layer, self.checkpoint.weights(layer)).to(self.device)
         for copy in work.copies:
             weights[copy.spec.name] = self._float(self.checkpoint.read_piece(copy.piece))
         for name in block.tensors:
@@ -250,7 +252,7 @@ class Units:
             streams=seen,
             samples=self.shape[0],
             tokens=self.shape[1],
-            batch=self.recipe.batch_size,
+            batch=self.recipe.together,
             part=self.part,
             device=self.device,
             every_expert=self.recipe.calibrate_all_experts,
@@ -276,7 +278,7 @@ class Units:
         """Pack every layer and put it to its place; what stays goes with its new numbers where a transform moved it."""
         rows: list[Row] = []
         for layer in work.layers:
-            result = sound(layer, unit.weight(layer), rounded[layer.name])
+            result = sound(layer, unit.weight(layer), rounded[layer.name], strict=self.recipe.strict)
             nbytes = [0] * len(self.shards)
             for number, output in enumerate(self.plan.outputs):
                 for part, tensor in output.format.pack(layer, result.tensor).items():
@@ -285,14 +287,17 @@ class Units:
             row = row_of(layer, result, errors_of(weights[layer.tensor], decoded))
             rows.append(replace(row, nbytes=tuple(nbytes)))
         kept = [0] * len(self.shards)
-        for number in range(len(self.shards)):
-            for layer in work.decodes:
-                kept[number] += self._put(number, layer.tensor, as_bytes(unit.weights[layer.tensor], layer.dtype))
+        for number, output in enumerate(self.plan.outputs):
+            stay = [(TensorSpec(x.tensor, x.dtype, x.shape), unit.weights[x.tensor]) for x in work.decodes]
             for copy in work.copies:
-                name = copy.spec.name
-                moved = unit.weights[name] is not weights[name]
-                stored = unit.weights[name] if moved else self.checkpoint.read_piece(copy.piece)
-                kept[number] += self._put(number, name, as_bytes(stored, copy.spec.dtype if moved else None))
+                now = unit.weights[copy.spec.name]
+                moved = now is not weights[copy.spec.name]
+                stay.append((copy.spec, now if moved else self.checkpoint.read_piece(copy.piece)))
+            for spec, tensor in stay:
+                stored = output.format.kept(spec)
+                if stored is not None:
+                    data = as_bytes(output.format.keep(spec.name, tensor), stored.dtype)
+                    kept[number] += self._put(number, spec.name, data)
         note = "; ".join(notes) or None
         return Row(name=work.name, kind="unit", nbytes=tuple(kept), note=note, rows=tuple(rows))
 
@@ -301,7 +306,7 @@ class Units:
         return len(data)
 
     def _advance(
-        self, block: Block | Blocks, weights: Mapping[str, Tensor], before: Frontier, behind: Frontier
+        self, block: Block | Blocks, weights: Mapping[str, Tensor | Decodable], before: Frontier, behind: Frontier
     ) -> None:
         import torch
 
@@ -321,12 +326,11 @@ class Units:
     def _log(self, row: Row, seconds: float) -> None:
         """One line for each layer, with what differs between two runs: the time, and the most bytes of memory that the
         process has held so far."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         with (self.out / LOG).open("a", encoding="utf-8") as file:
             for layer in row.rows:
                 told = {k: v for k, v in layer.to_dict().items() if v is not None and k != "kind"}
                 told |= {"algorithm": self.recipe.algorithm, "unit": row.name, "unit_seconds": round(seconds, 2)}
-                told["peak_memory_bytes"] = peak
+                told["peak_memory_bytes"] = peak_memory()
                 file.write(json.dumps(told) + "\n")
 
     def _frontier(self, name: str, stream: str) -> Frontier:

@@ -41,7 +41,7 @@ def command_of(recipe: Recipe, model: str, out: str = "OUT", revision: str | Non
     for key, value in recipe.options.items():
         flag = key.rpartition(".")[2].replace("_", "-")
         words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    if recipe.chain.reads_activations:
+    if recipe.reads_activations:
         words += ["--dataset", recipe.dataset]
         for name in ("nsamples", "seqlen", "batch_size", "seed", "activation_dtype"):
             if getattr(recipe, name) != getattr(default, name):

@@ -54,12 +54,12 @@ class Chain:
 
     @property
     def copies(self) -> float:
-        """Float32 copies of a unit's weights that are held at once."""
+        """Float32 copies of a unit's weights that are held beside these."""
         return max(step.copies for step in self.steps)
 
-    def learns_on(self, batch: int) -> int:
+    def learns_on(self, batch: int, part: int) -> int:
         """Samples that are run forward and backward at once; 0 where no step learns."""
-        return max(step.learns_on(batch) for step in self.steps)
+        return max(step.learns_on(batch, part) for step in self.steps)
 
     @property
     def reads_float_stream(self) -> bool:

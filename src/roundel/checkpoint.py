@@ -167,8 +167,9 @@ class Checkpoint:
         return {m.name: m.layer() for m in self.matrices.values() if m.stored.format != "plain"}
 
     def decode(self, name: str) -> Tensor:
-        """The float32 weights [out, in] of a layer, by module name."""
-        return self.weights(self.matrices[name].layer()).float()
+        """What a layer's codes mean, by module name: float32 [out, in], exactly."""
+        layer = self.matrices[name].layer()
+        return self.weights(layer).float() if layer.stored.format == "plain" else self.unpack(layer).decode()
 
     def close(self) -> None:
         self.source.close()

@@ -21,15 +21,21 @@ def head_asked(recipe: Recipe, head: str) -> bool:
     return recipe.quant_lm_head or head in recipe.layer_config
 
 
-def choose(matrices: Mapping[str, Matrix], recipe: Recipe, head: str, problems: list[str]) -> dict[str, Choice]:
-    """The scheme of every matrix, or why it stays."""
+def choose(
+    matrices: Mapping[str, Matrix], recipe: Recipe, head: str, problems: list[str], formats: Sequence[Format] = ()
+) -> dict[str, Choice]:
+    """The scheme of every matrix, or why it stays. A format that decides itself does so before layer_config."""
     choices: dict[str, Choice] = {}
+    decided = {name: scheme for f in formats for name, scheme in (f.schemes() or {}).items()}
     for matrix in matrices.values():
         reason = matrix.reason
         if matrix.name == head and head_asked(recipe, head):
             reason = None
         scheme = None if reason else recipe.default_for(matrix.role)
         choices[matrix.name] = Choice(scheme=scheme, origin=reason or f"scheme {recipe.label}")
+        if decided:
+            scheme, origin = decided.get(matrix.name), f"format {recipe.formats[0]}"
+            choices[matrix.name] = Choice(scheme=scheme, origin=origin if scheme or not reason else reason)
     linear = [name for name, choice in choices.items() if choice.scheme is not None]
     for pattern, value in sorted(recipe.layer_config.items(), key=lambda entry: entry[0] in matrices):
         found = {pattern} if pattern in matrices else matches(pattern, choices) & set(linear)
@@ -103,7 +109,8 @@ def _arranged(layer: Layer, permutes: bool, formats: Sequence[Format]) -> Layer:
 def _refusal(reason: str, layers: Sequence[Layer]) -> str:
     first, more = layers[0], len(layers) - 1
     others = f" (and {more} more)" if more else ""
-    storing = [f.name for f in FORMATS.values() if f.writes and all(f.refuse(layer) is None for layer in layers)]
+    smaller = [f for f in FORMATS.values() if f.writes and f.name != "fake"]  # which stores all, and saves nothing
+    storing = [f.name for f in smaller if all(f.refuse(layer) is None for layer in layers)]
     named = " or ".join(filter(None, (", ".join(storing[:-1]), *storing[-1:])))
     remedy = f"Use format {named}, " if storing else "Choose another scheme, "
     return (

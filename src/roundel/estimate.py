@@ -61,7 +61,7 @@ def estimate(plan: Plan, checkpoint: Checkpoint) -> Estimate:
     states = skeleton.enter(torch.zeros((1, shown), dtype=torch.int64), entry)
     per_token = _seconds(first, {name: _random(checkpoint, name) for name in first.tensors}, states) / shown
     passes = 1.0 + recipe.chain.reads_float_stream  # to move on
-    passes += sum(step.passes(recipe.nsamples, recipe.batch_size) for step in recipe.chain.steps)
+    passes += sum(step.passes(recipe.nsamples, recipe.together) for step in recipe.chain.steps)
     size = sum(_weights(work) for work in units) * len(units[0].blocks) / max(1, _weights(units[0]))
     return Estimate(
         seconds=per_token * recipe.nsamples * tokens * passes * size,

@@ -17,6 +17,7 @@ import numpy as np
 from roundel.algorithms import Algorithm, Rtn
 from roundel.errors import NumericsError
 from roundel.formats import Format, WordLayout
+from roundel.formats.mxfp import mx_outputs
 from roundel.ops import use_kernels
 from roundel.ops.orders import AWQ_ORDER
 from roundel.tensor import ITEMSIZE
@@ -70,12 +71,12 @@ def fuses(layer: Layer, formats: Sequence[Format], algorithm: Algorithm, device:
         return False
     if len(formats) != 1 or not isinstance(algorithm, Rtn) or device != "cpu" or not use_kernels():
         return False
-    if layer.dtype not in ("BF16", "F16", "F32"):
+    if layer.dtype not in ("BF16", "F16", "F32") or layer.scheme.weight.rule != "range":
         return False
     layout = formats[0].words(layer)
     if layout is None:
-        is_mx = layer.scheme.weight.scale == "E8M0" and layer.scheme.weight.exponent == "floor"
-        return is_mx and formats[0].outputs(layer)[-1].name == "weight_scale"
+        grid = layer.scheme.weight
+        return grid.is_mx and grid.exponent == "floor" and formats[0].outputs(layer) == mx_outputs(layer)
     return layout.order == "awq" or layer.shape[1] % 32 == 0
 
 
@@ -124,8 +125,10 @@ def _words(layer: Layer, layout: WordLayout, read: Read) -> tuple[dict[str, np.n
     codes = _scratch.array("codes", (min(rows, out), width), np.uint8)
     scales = _scratch.array("scales", (out, groups), np.uint16)
     zeros = _scratch.array("zeros", (out, groups), np.uint8)
-    is_awq = layout.order == "awq"
-    words = _scratch.array("words", (width, out // 8) if is_awq else (width * bits // 32, out), np.uint32)
+    shape = {"gptq": (width * bits // 32, out), "awq": (width, out // 8), "rows": (out, width * bits // 32)}
+    words = _scratch.array("words", shape[layout.order], np.uint32)
+    if layout.order == "rows":
+        turned = _scratch.array("turned", (width * bits // 32, min(rows, out)), np.uint32)
     sums = np.zeros(2)
     for start in range(0, out, rows):
         stored = _stored_rows(layer, read, start, min(rows, out - start))
@@ -135,10 +138,19 @@ def _words(layer: Layer, layout: WordLayout, read: Read) -> tuple[dict[str, np.n
         )
         if bad >= 0:
             raise _first_bad(layer, stored, start, int(bad))
-        if is_awq:
+        if layout.order == "awq":
             pack_awq_columns(codes[: len(stored)], words, start)
-        else:
+        elif layout.order == "gptq":
             pack_columns(codes[: len(stored)].view(np.uint64), bits, words, start)
+        else:
+            pack_columns(codes[: len(stored)].view(np.uint64), bits, turned, 0)
+            words[here] = turned[:, : len(stored)].T
+    errors = Errors(float(sums[0]), float(sums[1]))
+    if layout.order == "rows":
+        parts: dict[str, np.ndarray] = {"weight_packed": words.view(np.int32), "weight_scale": scales.view(np.float16)}
+        if not grid.symmetric:
+            parts["weight_zero_point"] = np.ascontiguousarray(_zero_words(zeros, bits, layout).T)
+        return parts | {"weight_shape": np.array(layer.shape, np.int64)}, errors
     parts = {
         "qweight": words.view(np.int32),
         "qzeros": _same_zero_words(out, groups, bits, layout) if grid.symmetric else _zero_words(zeros, bits, layout),
@@ -146,7 +158,7 @@ def _words(layer: Layer, layout: WordLayout, read: Read) -> tuple[dict[str, np.n
     }
     if layout.group_index:
         parts["g_idx"] = (np.arange(width) // group).astype(np.int32)
-    return parts, Errors(float(sums[0]), float(sums[1]))
+    return parts, errors
 
 
 @lru_cache(maxsize=16)

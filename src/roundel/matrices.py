@@ -42,8 +42,9 @@ def finite(layer: Layer, weight: Tensor) -> Tensor:
     return weight
 
 
-def sound(layer: Layer, weight: Tensor, rounded: Rounded) -> Rounded:
-    """The result itself. Raises NumericsError when a scale left float16, naming the largest weight."""
+def sound(layer: Layer, weight: Tensor, rounded: Rounded, *, strict: bool) -> Rounded:
+    """The result itself. Raises NumericsError when a scale left float16, naming the largest weight, and when `strict`
+    forbids the fallback that was taken."""
     import torch
 
     from roundel.tensor import plain
@@ -51,6 +52,11 @@ def sound(layer: Layer, weight: Tensor, rounded: Rounded) -> Rounded:
     if not bool(torch.isfinite(plain(rounded.tensor.scale)).all()):
         row, column = divmod(int(weight.abs().argmax()), layer.shape[1])
         raise not_finite(layer, row, column, float(weight[row, column]))
+    if strict and rounded.fallback is not None:
+        raise NumericsError(
+            f"{layer.name}: {rounded.fallback}. --strict makes an error of that. Calibrate with more text "
+            "(--nsamples), leave the layer as it is (--ignore-layers), or take the fallback without --strict."
+        )
     return rounded
 
 

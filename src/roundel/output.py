@@ -37,6 +37,7 @@ CONFIG = "config.json"
 _JOURNAL_NEW = "journal.new"  # all there is when the first instant of a run was its last
 FRONTIER = ".frontier"  # ends the name of a file of activations
 _CARDS = ("README.md", "recipe.json", REPORT, PAGE, LOG)
+_WEIGHTS = (".safetensors", ".gguf", ".partial", FRONTIER)
 _OURS = (CONFIG, "quantization_config.json", *_CARDS, INDEX, JOURNAL, _JOURNAL_NEW)
 
 
@@ -153,7 +154,7 @@ def _ours(folders: Iterable[Path]) -> list[Path]:
         for folder in folders
         if folder.is_dir()
         for path in folder.iterdir()
-        if path.is_file() and (path.name in _OURS or path.name.endswith((".safetensors", ".partial", FRONTIER)))
+        if path.is_file() and (path.name in _OURS or path.name.endswith(_WEIGHTS))
     ]
 
 
@@ -188,7 +189,8 @@ def finish(out: Path, plan: Plan, source: Source, report: Report) -> None:
                 "weight_map": {name: s.name for s in output.shards for name in s.places},
             }
             _write(folder / INDEX, json.dumps(index, indent=2) + "\n")
-        _write(folder / "quantization_config.json", json.dumps(output.config, indent=2) + "\n")
+        if output.config:
+            _write(folder / "quantization_config.json", json.dumps(output.config, indent=2) + "\n")
         _write(folder / "recipe.json", json.dumps(plan.recipe.to_dict(), indent=2) + "\n")
         _write(folder / REPORT, report.to_json(number))
         _write(folder / PAGE, page(report, number, read_costs(out / LOG)))

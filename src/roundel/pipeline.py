@@ -25,9 +25,11 @@ from roundel.interruption import Interruption
 from roundel.io.journal import Journal
 from roundel.io.safetensors import Shard
 from roundel.matrices import Demoted, as_bytes, errors_of, finite, sound
+from roundel.memory import free_memory
 from roundel.output import clear, finish, is_intact, open_shards
 from roundel.planning import Copy, Plan, Work
 from roundel.report import Progress, Report, Row, row_of
+from roundel.tensor import TensorSpec
 from roundel.unit import Layer, Unit
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ FLUSH_SECONDS = 1.0
 def default_workers(plan: Plan, device: str = "cpu") -> int:
     """As many as there are cores, while their memory fits in half of what is free."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    free = _free_memory() // 2
+    free = free_memory() // 2
     workers = max(1, cores if device == "cpu" else 2)
     while workers > 1 and plan.peak_memory(workers, device) > free:
         workers -= 1
@@ -92,6 +94,10 @@ def _run(
             if work.name in journal.finished:
                 progress(work, Row.from_dict(journal.finished[work.name]))
     shards = open_shards(out, plan)
+    for output, by_tensor in zip(plan.outputs, shards, strict=True):
+        for name, tensor in output.format.extras().items():
+            if name in by_tensor:
+                by_tensor[name].put(name, as_bytes(tensor))
     opened = {id(s): s for by_tensor in shards for s in by_tensor.values()}
     committer = _Committer(journal, tuple(opened.values()))
     chain = plan.recipe.chain
@@ -108,7 +114,7 @@ def _run(
         if loop.bad:
             raise Demoted({w.name: loop.bad[w.name] for w in plan.works if w.name in loop.bad})
         if calibration is not None:
-            units = Units(plan, checkpoint, out, shards, journal, calibration, device, _free_memory(), progress)
+            units = Units(plan, checkpoint, out, shards, journal, calibration, device, free_memory(), progress)
             units.run(interruption)
     except BaseException:
         for shard in opened.values():
@@ -250,7 +256,8 @@ class _Loop:
         layer, formats = work.layer, [o.format for o in self.plan.outputs]
         if work.kind == "decode":
             weight = self.checkpoint.weights(layer)
-            self._put({layer.name + ".weight": as_bytes(weight, layer.dtype)}, nbytes)
+            for number in range(len(self.shards)):
+                self._keep(number, TensorSpec(layer.tensor, layer.dtype, layer.shape), weight, nbytes)
             return Row(name=work.name, kind=work.kind, nbytes=tuple(nbytes))
         if fuses(layer, formats, self.algorithm, self.device):
             piece, source = layer.stored.parts["weight"], self.checkpoint.source
@@ -285,17 +292,26 @@ class _Loop:
                 return finite(layer, quantized.decode()), Rounded(tensor=quantized)
         weight = finite(layer, _to_device(self.checkpoint.weights(layer), self.device))
         unit = Unit(name=layer.name, layers=(layer,), weights={layer.tensor: weight})
-        return weight, sound(layer, weight, self.algorithm.quantize(unit)[layer.name])
+        return weight, sound(layer, weight, self.algorithm.quantize(unit)[layer.name], strict=self.plan.recipe.strict)
 
     def _copy(self, copy: Copy, nbytes: list[int]) -> None:
-        name = copy.spec.name
-        if not copy.piece.is_whole:
-            self._put({name: as_bytes(self.checkpoint.read_piece(copy.piece))}, nbytes)
-            return
-        descriptor, begin = self.checkpoint.source.place(copy.piece.tensor)
-        for number, by_tensor in enumerate(self.shards):
-            by_tensor[name].copy(name, descriptor, begin)
-            nbytes[number] += copy.spec.nbytes
+        name, whole = copy.spec.name, copy.piece.is_whole
+        as_they_are = whole and all(output.format.copies for output in self.plan.outputs)
+        read = None if as_they_are else self.checkpoint.read_piece(copy.piece)
+        for number, (output, by_tensor) in enumerate(zip(self.plan.outputs, self.shards, strict=True)):
+            if whole and output.format.copies:
+                descriptor, begin = self.checkpoint.source.place(copy.piece.tensor)
+                by_tensor[name].copy(name, descriptor, begin)
+                nbytes[number] += copy.spec.nbytes
+            elif read is not None:
+                self._keep(number, copy.spec, read, nbytes)
+
+    def _keep(self, number: int, spec: TensorSpec, tensor: Tensor, nbytes: list[int]) -> None:
+        """A tensor that stays, as a format stores it."""
+        format = self.plan.outputs[number].format
+        kept = format.kept(spec)
+        if kept is not None:
+            self._put({spec.name: as_bytes(format.keep(spec.name, tensor), kept.dtype)}, nbytes, number)
 
     def _put(self, tensors: dict[str, memoryview | bytes], nbytes: list[int], only: int | None = None) -> None:
         for number, by_tensor in enumerate(self.shards):
@@ -319,13 +335,3 @@ def _stream(device: str):  # type: ignore[no-untyped-def]
     import torch
 
     return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
-
-
-def _free_memory() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    return 8 << 30

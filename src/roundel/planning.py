@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from roundel import __version__
@@ -19,9 +20,9 @@ from roundel.checkpoint import Checkpoint, Matrix
 from roundel.choosing import choose, head_asked, layers_of, settle
 from roundel.errors import PlanError
 from roundel.families import text_config
-from roundel.formats import Contents, Format, format_named
+from roundel.formats import Contents, Format, Model, format_named
 from roundel.fusion import fuses, slab_rows
-from roundel.io.safetensors import ShardLayout, lay_out, stacked
+from roundel.io.safetensors import ShardLayout, stacked
 from roundel.recipe import Choice, Recipe, parse_size
 from roundel.scheme import Scheme
 from roundel.tensor import ITEMSIZE, TensorSpec
@@ -188,13 +189,14 @@ BASE_WITH_TORCH = 330 << 20  # the same with torch: measured
 FLOAT_BYTES = 17  # for each weight of a matrix on its way through torch: stored, decoded thrice over, codes
 PART_TOKENS = 2048  # run at once on CPU where only outputs count: more is not faster, and takes memory
 EXPERTS_A_TOKEN = 4
-KEPT_FORWARD = 0.6  # of what a unit's layers are given and hand on, at once
+KEPT_FORWARD = 0.6  # of what a unit's layers are given and hand on, at once: measured
+KEPT_LEARNED = 2.0  # of the same, where it is kept for the way back: measured
 COMPARED_BYTES = 24 << 20  # of float64, while a matrix is compared with what it became
 
 
 def part_of(recipe: Recipe, tokens: int, device: str) -> int:
     """Samples of so many tokens that are run at once where only outputs count."""
-    return min(recipe.batch_size, max(1, PART_TOKENS // tokens)) if device == "cpu" else recipe.batch_size
+    return min(recipe.together, max(1, PART_TOKENS // tokens)) if device == "cpu" else recipe.together
 
 
 def _unit_bytes(work: Work, recipe: Recipe, device: str) -> tuple[int, int]:
@@ -202,13 +204,14 @@ def _unit_bytes(work: Work, recipe: Recipe, device: str) -> tuple[int, int]:
     the largest of it. Of experts about EXPERTS_A_TOKEN count."""
     layers = (*work.layers, *work.decodes)
     largest = max((layer.parameters for layer in layers), default=0)
-    weights = 4 * (recipe.chain.copies * sum(layer.parameters for layer in layers) + 2 * largest)
+    stored = sum(layer.parameters * ITEMSIZE[layer.dtype] for layer in layers)
+    weights = stored + 4 * (recipe.chain.copies * sum(layer.parameters for layer in layers) + 2 * largest)
     experts = [sum(layer.shape) for layer in layers if layer.role == "expert"]
     width = sum(sum(layer.shape) for layer in layers if layer.role != "expert")
     width += 3 * EXPERTS_A_TOKEN * max(experts, default=0)
-    learned = recipe.chain.learns_on(recipe.batch_size)
-    forward = KEPT_FORWARD * width * part_of(recipe, recipe.seqlen, device)
-    return int(weights), int(4 * recipe.seqlen * max(width * learned, forward))
+    part = part_of(recipe, recipe.seqlen, device)
+    learned = recipe.chain.learns_on(recipe.together, part)
+    return int(weights), int(4 * recipe.seqlen * width * max(KEPT_LEARNED * learned, KEPT_FORWARD * part))
 
 
 def _working_bytes(work: Work, formats: Sequence[Format], fused: bool, plain: bool) -> int:
@@ -251,10 +254,18 @@ def build_plan(
             f"--quant-lm-head is asked for and {checkpoint.source.name} has no {checkpoint.family.head}. Drop the "
             f"option."
         )
-    choices = choose(matrices, recipe, checkpoint.family.head, problems)
+    named = [format_named(name) for name in recipe.formats]
+    model = Model(
+        config=checkpoint.source.config,
+        folder=Path() if all(format.copies for format in named) else checkpoint.source.small_folder(),
+        name=checkpoint.source.name,
+        matrices={matrix.name: matrix.shape for matrix in matrices.values()},
+        importance=recipe.options.get("imatrix") is True,
+    )
+    formats = [format.for_model(model) for format in named]
+    choices = choose(matrices, recipe, checkpoint.family.head, problems, formats)
     for name, reason in demoted.items():
         choices[name] = Choice(scheme=None, origin=reason)
-    formats = [format_named(name) for name in recipe.formats]
     layers = layers_of(matrices, choices, formats, recipe, problems)
     if not layers and not problems:
         problems.append(
@@ -265,8 +276,9 @@ def build_plan(
     if problems:
         raise PlanError(problems)
     works = _works(checkpoint, matrices, {layer.name: layer for layer in layers})
-    if recipe.chain.reads_activations:
+    if recipe.reads_activations:
         works = _units(works, checkpoint, recipe.chain.blocks_at_a_time)
+        _check_measured(works)
     _check_stacks(layers, choices, settled)
     _check_names(works, settled, checkpoint.source.name)
     kept = tuple(
@@ -286,7 +298,7 @@ def build_plan(
         Output(
             format=f,
             config=f.config(contents),
-            shards=lay_out(_specs(works, f), parse_size(recipe.shard_size), stacks=_stacks(layers, f)),
+            shards=f.lay_out(_specs(works, f), layers, parse_size(recipe.shard_size), _stacks(layers, f)),
         )
         for f in settled
     )
@@ -385,6 +397,17 @@ def _block_count(config: Mapping[str, object]) -> int | None:
     return count if isinstance(count, int) else None
 
 
+def _check_measured(works: Sequence[Work]) -> None:
+    """Inputs are measured where tokens run through blocks."""
+    apart = [w.layer for w in works if w.kind == "round" and w.layer is not None and w.layer.scheme.stores_input_scale]
+    if apart:
+        raise PlanError(
+            f"{apart[0].name} stands outside the decoder blocks, where no inputs are measured, and "
+            f"{apart[0].scheme.name} stores a scale of them. Keep it with --ignore-layers, or choose a scheme that "
+            "scales inputs at run time, such as FP8_DYNAMIC."
+        )
+
+
 def _stacks(layers: Sequence[Layer], format: Format) -> dict[str, tuple[str, int]]:
     """The tensors of experts that a format has in one, and where."""
     found: dict[str, tuple[str, int]] = {}
@@ -457,9 +480,11 @@ def _specs(works: Sequence[Work], format: Format) -> list[TensorSpec]:
         for layer in work.rounded:
             specs += [TensorSpec(f"{layer.name}.{s.name}", s.dtype, s.shape) for s in format.outputs(layer)]
         decoded = work.decodes if work.layer is None or work.kind == "round" else (work.layer,)
-        specs += [TensorSpec(layer.tensor, layer.dtype, layer.shape) for layer in decoded]
-        specs += [c.spec for c in work.copies]
-    return specs
+        stay = [TensorSpec(layer.tensor, layer.dtype, layer.shape) for layer in decoded]
+        kept = (format.kept(spec) for spec in (*stay, *(c.spec for c in work.copies)))
+        specs += [spec for spec in kept if spec is not None]
+    extras = format.extras().items()
+    return specs + [TensorSpec(name, "F32", tuple(tensor.shape)) for name, tensor in extras]
 
 
 def _blocks(checkpoint: Checkpoint, layers: Sequence[Layer]) -> list[str]:
@@ -487,7 +512,7 @@ def _notes(
         )
     for layer in layers:
         reason = matrices[layer.name].reason
-        if reason is not None and layer.role != "head":
+        if reason is not None and layer.role != "head" and layer.scheme.weight.rule == "range":
             notes.append(f"{layer.name} is rounded because it is named exactly; by rule it stays ({reason})")
     if untied:
         notes.append(

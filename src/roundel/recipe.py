@@ -32,6 +32,8 @@ _SIZE_UNITS = {
     "GIB": 2**30,
 }
 
+TOGETHER = 8  # samples
+
 RECIPES: dict[str, dict[str, object]] = {  # named wishes; what is given beside one wins
     "default": {"algorithm": "signround", "nsamples": 128},
     "best": {"algorithm": "signround", "nsamples": 512, "options": {"iters": 1000}},
@@ -57,8 +59,9 @@ class Recipe:
     bits, group_size, sym   replace that part of an integer scheme; None keeps the scheme's
     algorithm       what chooses the codes, transforms first: "gptq", "awq,signround"
     options         hyperparameters by field name, "iters" or "signround.iters"
-    dataset, nsamples, seqlen, batch_size   what activations are calibrated on, where the algorithm reads them: where
-                    the text comes from, samples, tokens of a sample, samples run together
+    dataset, nsamples, seqlen   what activations are calibrated on, where the algorithm reads them: where the text
+                    comes from, samples, tokens of a sample
+    batch_size      samples run together, and taken for a step of learning; None: 8, and what the algorithm takes
     seed            of the samples' order and of everything an algorithm draws
     activation_dtype   of the activations that travel from block to block: float32 or bfloat16
     calibrate_all_experts   every expert sees every token for its statistics; outputs do not change
@@ -82,7 +85,7 @@ class Recipe:
     dataset: str = "NeelNanda/pile-10k"
     nsamples: int = 128
     seqlen: int = 2048
-    batch_size: int = 8
+    batch_size: int | None = None
     seed: int = 42
     activation_dtype: str = "float32"
     calibrate_all_experts: bool = False
@@ -112,24 +115,40 @@ class Recipe:
     def _check_calibration(self) -> None:
         for name, low in (("nsamples", 1), ("seqlen", 2), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
+            if name == "batch_size" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise RecipeError(f"{name}={value!r} is not possible: it is a whole number, at least {low}.")
         if self.activation_dtype not in ("float32", "bfloat16"):
             raise RecipeError(f"activation_dtype={self.activation_dtype!r} is not possible: float32 or bfloat16.")
-        reads = self.chain.reads_activations
+        reads = self.reads_activations
         if self.calibrate_all_experts and not reads:
             raise RecipeError(f"calibrate_all_experts has no meaning for {self.algorithm}, which looks at no data.")
 
     @cached_property
     def chain(self) -> Chain:
         """The steps, made from their names and options."""
-        return make_chain(self.algorithm, self.options, {"seed": self.seed, "batch_size": self.batch_size})
+        return make_chain(
+            self.algorithm,
+            self.options,
+            {"seed": self.seed} | ({} if self.batch_size is None else {"batch_size": self.batch_size}),
+        )
+
+    @cached_property
+    def reads_activations(self) -> bool:
+        """Whether any step looks at data, or a scheme stores what only data can tell."""
+        default = self.default_for("linear")
+        own = (scheme_of_entry(pattern, value, default) for pattern, value in self.layer_config.items())
+        schemes = (default, self.default_for("expert"), self.default_for("head"), *own)
+        return self.chain.reads_activations or any(each.stores_input_scale for each in schemes if each is not None)
 
     @property
     def label(self) -> str:
-        """What people call the result: the mix's name, or the scheme's with bits, group size and symmetry replaced."""
+        """What people call the result: the mix's name (GGUF's too), or the scheme's with bits, group size and symmetry
+        replaced."""
+        decided = next((f.partition(":")[2].upper() for f in self.formats if f.startswith("gguf:")), None)
         mix = _mix(self.scheme)
-        return mix.name if mix is not None else self.default_for("linear").name
+        return decided or (mix.name if mix is not None else self.default_for("linear").name)
 
     def default_for(self, role: str) -> Scheme:
         """The scheme of a layer that no override names."""
@@ -141,13 +160,18 @@ class Recipe:
             )
         return Scheme.parse(name).altered(bits=self.bits, group_size=self.group_size, sym=self.sym)
 
+    @property
+    def together(self) -> int:
+        """Samples that are run together."""
+        return TOGETHER if self.batch_size is None else self.batch_size
+
     def to_dict(self) -> dict[str, object]:
         """Only what differs from the defaults, ready for JSON, and fit for `from_dict`."""
         default = Recipe()
         found = {k: v for k, v in asdict(self).items() if v != getattr(default, k)}
         always: dict[str, object] = {"scheme": self.scheme, "algorithm": self.algorithm, "formats": list(self.formats)}
-        if self.chain.reads_activations:
-            always |= {name: getattr(self, name) for name in ("dataset", "nsamples", "seqlen", "batch_size", "seed")}
+        if self.reads_activations:
+            always |= {name: getattr(self, name) for name in ("dataset", "nsamples", "seqlen", "seed")}
         return always | {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
 
     @classmethod

@@ -93,7 +93,7 @@ def row_of(layer: Layer, rounded: Rounded | None, errors: Errors, note: str | No
         error=_short(rounded.error),
         baseline=_short(rounded.baseline),
         tokens=rounded.tokens,
-        note=rounded.fallback or note,
+        note=rounded.fallback or rounded.note or note,
     )
 
 

@@ -1,8 +1,9 @@
 """What one number of a quantized weight means: Element, Grid, Scheme, and the table of presets.
 
 A `Scheme` is a value: two layers quantized alike have equal schemes. Nothing here touches a tensor, so a plan can be
-made without torch. Preset names are auto-round's (its `schemes.py`); names are read in any case. Other people's
-spellings ("w4a16_asym", "mx_fp4", `{"bits": 4, "group_size": 64}`) are understood here and nowhere else.
+made without torch. Preset names are auto-round's (its `schemes.py`), and compressed-tensors' where that has none; names
+are read in any case. Other people's spellings ("w4a16_asym", "mx_fp4", `{"bits": 4, "group_size": 64}`) are understood
+here and nowhere else.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Literal
 
 from roundel.errors import RecipeError, nearest
 
-__all__ = ["ELEMENTS", "MIXES", "PRESETS", "Element", "Grid", "Mix", "Scheme", "describe_block"]
+__all__ = ["BLOCK_GRIDS", "ELEMENTS", "MIXES", "PRESETS", "Element", "Grid", "Mix", "Scheme", "describe_block"]
 
 INTEGER_BITS = range(2, 9)
 NF4_VALUES = (
@@ -38,6 +39,9 @@ NF4_VALUES = (
     0.7229568362236023,
     1.0,
 )
+E0M3_VALUES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, -0.0, -0.25, -0.5, -0.75, -1.0, -1.25, -1.5, -1.75)
+IQ4NL_VALUES = tuple(map(float, (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)))
+TERNARY_VALUES = (-1.0, 0.0, 1.0, 2.0)  # the last has a code in two bits and is never written
 FP4_VALUES = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25)
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
@@ -46,8 +50,8 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -
 class Element:
     """What one code means.
 
-    name     "int4" (signed), "uint4" (with a zero point), "e2m1", "e4m3", "e8m0", "nf4"; "fp4" and "dynamic8",
-             which are bitsandbytes'
+    name     "int4" (signed), "uint4" (with a zero point), "e2m1", "e4m3", "e8m0", "e0m3" (quarters with a sign), "nf4",
+             "iq4nl", "ternary"; "fp4" and "dynamic8", which are bitsandbytes'
     bits     stored bits per code
     lo, hi   smallest and largest code of an integer; smallest and largest value of a float
     values   the value of code 0, 1, 2 ... where codes are indices into a table; else None and a code is its own value
@@ -88,8 +92,11 @@ def _elements() -> dict[str, Element]:
     signed = [Element(name=f"int{b}", bits=b, lo=-(2 ** (b - 1)), hi=2 ** (b - 1) - 1) for b in range(1, 9)]
     unsigned = [Element(name=f"uint{b}", bits=b, lo=0, hi=2**b - 1) for b in range(1, 9)]
     floats = [
+        Element(name="e0m3", bits=4, lo=-1.75, hi=1.75, values=E0M3_VALUES),
         Element(name="e2m1", bits=4, lo=-6.0, hi=6.0, values=E2M1_VALUES),
         Element(name="nf4", bits=4, lo=-1.0, hi=1.0, values=NF4_VALUES),
+        Element(name="iq4nl", bits=4, lo=-127.0, hi=113.0, values=IQ4NL_VALUES),
+        Element(name="ternary", bits=2, lo=-1.0, hi=1.0, values=TERNARY_VALUES),
         Element(name="fp4", bits=4, lo=-1.0, hi=1.0, values=(*FP4_VALUES, 0.0, *(-v for v in FP4_VALUES[1:]))),
         Element(name="dynamic8", bits=8, lo=-1.0, hi=1.0, values=_dynamic_values()),
         Element(name="e4m3", bits=8, lo=-448.0, hi=448.0),
@@ -108,28 +115,49 @@ class Grid:
     element     what a code means
     block       (rows, columns) sharing one scale; 0 means the whole axis: (1, 128) group, (1, 0) channel,
                 (0, 0) tensor, (128, 128) block. A last block may be cut short by the matrix.
-    symmetric   True: no zero point, codes are signed or floats; False: unsigned codes and a zero point per block
+    symmetric   True: no zero point, a code times the scale is the weight; False: unsigned codes and a zero point, or
+                an offset, per block
     scale       dtype of the stored scale ("F16", "BF16", "F32", "E8M0"), or a Grid where scales are quantized too
+    offset      the same of what is added after scaling; None where nothing is
     exponent    how a power-of-two scale is found: "floor" of log2(max) (OCP MX specification 1.0, section 6.3) or
                 "rceil", the ceiling of log2(max / largest element)
     lowest_zero the smallest zero point a format can store: 1 where readers cannot represent 0 (GPTQ v1)
+    rule        whose plain rounding it is: "range" fits scales to each block's range, "ggml" is that of ggml's types
     flat        blocks run on from row to row, without regard to where rows end (bitsandbytes)
-    zero        what an asymmetric block has beside its scale: a "code" that means 0.0, a "float" in its place (HQQ), or
-                an "offset", a float added after scaling (MLX)
+    zero        what means 0.0 in an asymmetric block without an offset: a "code", or a "float" in its place (HQQ)
     """
 
     element: Element
     block: tuple[int, int]
     symmetric: bool = True
     scale: str | Grid = "F16"
+    offset: str | Grid | None = None
     exponent: Literal["floor", "rceil"] = "floor"
     lowest_zero: int = 0
-    zero: Literal["code", "float", "offset"] = "code"
+    rule: Literal["range", "ggml"] = "range"
+    zero: Literal["code", "float"] = "code"
     flat: bool = False
 
+    @property
+    def is_plain_integer(self) -> bool:
+        """Whether it is integers under one float16 scale a block, with a zero point or without."""
+        return self.element.is_integer and self.scale == "F16" and self.offset is None
+
+    @property
+    def row_columns(self) -> int:
+        """Of what a row's length has to be a multiple, where blocks cannot be cut short: ggml's types; else 1."""
+        if self.rule != "ggml":
+            return 1
+        return self.block[1] * (self.scale.block[1] if isinstance(self.scale, Grid) else 1)
+
+    @property
+    def is_mx(self) -> bool:
+        """Whether it is one of the MX floats, e2m1 or e4m3 under powers of two."""
+        return self.scale == "E8M0" and self.element.name in ("e2m1", "e4m3") and self.rule == "range"
+
     def equals(self, other: Grid) -> bool:
-        """Whether codes on the one are codes on the other, a limit on zero points left aside."""
-        return replace(self, lowest_zero=0) == replace(other, lowest_zero=0)
+        """Whether codes on the one are codes on the other, limits on zero points and rules of rounding left aside."""
+        return replace(self, lowest_zero=0, rule="range") == replace(other, lowest_zero=0, rule="range")
 
     def blocks(self, shape: tuple[int, int]) -> tuple[int, int]:
         """How many blocks a matrix of this shape has along [out, in]."""
@@ -146,12 +174,20 @@ class Grid:
         """Stored bits per weight, scales and zero points included."""
         blocks = self.blocks(shape)
         count = blocks[0] * blocks[1]
-        if isinstance(self.scale, Grid):
-            scale_bits = self.scale.bits_per_weight(blocks) * count
-        else:
-            scale_bits = count * {"E8M0": 8, "F8_E4M3": 8, "F16": 16, "BF16": 16, "F32": 32}[self.scale]
-        zero_bits = 0.0 if self.symmetric else count * self.element.bits if self.zero == "code" else scale_bits
-        return self.element.bits + (scale_bits + zero_bits) / max(1, shape[0] * shape[1])
+        extra = 0.0
+        if self.offset is not None:
+            extra = _stored_bits(self.offset, blocks)
+        elif not self.symmetric:
+            extra = count * self.element.bits if self.zero == "code" else _stored_bits(self.scale, blocks)
+        return self.element.bits + (_stored_bits(self.scale, blocks) + extra) / max(1, shape[0] * shape[1])
+
+
+def _stored_bits(kind: str | Grid, blocks: tuple[int, int]) -> float:
+    """What one value for each block takes, in all."""
+    count = blocks[0] * blocks[1]
+    if isinstance(kind, Grid):
+        return kind.bits_per_weight(blocks) * count
+    return float(count * {"E8M0": 8, "F8_E4M3": 8, "F16": 16, "BF16": 16, "F32": 32}[kind])
 
 
 def describe_block(block: tuple[int, int]) -> str:
@@ -170,7 +206,8 @@ class Scheme:
     name      the preset's name, or one made from the fields; two schemes are equal when their grids are
     weight    None for a layer that stays as it is
     input     None where inputs stay in 16 bits
-    dynamic   whether input scales are computed at run time (True) or stored (False)
+    dynamic   whether input scales are computed at run time (True) or stored (False); of scales that are quantized
+              themselves (NVFP4) the inner ones are, under a stored one for the tensor
     """
 
     name: str
@@ -192,7 +229,12 @@ class Scheme:
 
     @property
     def is_integer(self) -> bool:
-        return self.weight.element.is_integer
+        return self.weight.is_plain_integer and self.weight.rule == "range"
+
+    @property
+    def stores_input_scale(self) -> bool:
+        """Whether a scale of the inputs is stored, which has to be measured on calibration data."""
+        return self.input is not None and (not self.dynamic or isinstance(self.input.scale, Grid))
 
     @property
     def group_size(self) -> int:
@@ -228,7 +270,7 @@ class Scheme:
         """
         if bits is None and group_size is None and sym is None:
             return self
-        if not self.is_integer:
+        if not self.is_integer or self.input is not None:
             same = bits in (None, self.bits) and group_size in (None, self.group_size) and sym in (None, True)
             if same:
                 return self
@@ -263,9 +305,30 @@ def _mx(name: str, element: str, exponent: Literal["floor", "rceil"] = "floor") 
     return Scheme(name=name, weight=weight, input=replace(weight, exponent=exponent))
 
 
+def _nv(name: str, inputs: bool) -> Scheme:
+    scale = Grid(element=ELEMENTS["e4m3"], block=(0, 0), scale="F32")
+    weight = Grid(element=ELEMENTS["e2m1"], block=(1, 16), scale=scale)
+    return Scheme(name=name, weight=weight, input=weight if inputs else None)
+
+
+def _fp8(name: str, block: tuple[int, int], inputs: tuple[int, int] | None = None, dynamic: bool = True) -> Scheme:
+    # Scales are bfloat16, as llm-compressor and auto-round store them; `fp8` stores DeepSeek's float32.
+    weight = Grid(element=ELEMENTS["e4m3"], block=block, scale="BF16")
+    return Scheme(name=name, weight=weight, input=_run_time("e4m3", inputs) if inputs else None, dynamic=dynamic)
+
+
+def _run_time(element: str, block: tuple[int, int]) -> Grid:
+    """The grid of inputs, [tokens, in], whose scales are no part of a file or one number of it."""
+    return Grid(element=ELEMENTS[element], block=block, scale="F32")
+
+
+def _integer_with_inputs(name: str, bits: int, group_size: int, inputs: str) -> Scheme:
+    return replace(integer_scheme(bits, group_size), name=name, input=_run_time(inputs, (1, 0)))
+
+
 def _table(name: str, element: str, nested: bool = False) -> Scheme:
     """bitsandbytes' 4 bits: a table times the largest magnitude of 64 weights; nested: these in 8 bits by 256."""
-    scales = Grid(element=ELEMENTS["dynamic8"], block=(1, 256), symmetric=False, scale="F32", zero="offset", flat=True)
+    scales = Grid(element=ELEMENTS["dynamic8"], block=(1, 256), symmetric=False, scale="F32", offset="F32", flat=True)
     weight = Grid(element=ELEMENTS[element], block=(1, 64), scale=scales if nested else "F32")
     return Scheme(name=name, weight=weight)
 
@@ -287,14 +350,75 @@ PRESETS: dict[str, Scheme] = {
         _mx("MXFP4_RCEIL", "e2m1", "rceil"),
         _mx("MXFP8", "e4m3"),
         _mx("MXFP8_RCEIL", "e4m3", "rceil"),
+        replace(_mx("MXFP4A16", "e2m1"), input=None),
+        replace(_mx("MXFP8A16", "e4m3"), input=None),
+        _mx("MXINT4", "e0m3"),
+        _nv("NVFP4", inputs=True),
+        _nv("NVFP4A16", inputs=False),
+        _integer_with_inputs("INT8_W8A8", 8, -1, "int8"),
+        _integer_with_inputs("W4AFP8", 4, 128, "e4m3"),
+        _fp8("FP8_DYNAMIC", (1, 0), (1, 0)),
+        _fp8("FP8_BLOCK", (128, 128), (1, 128)),
+        _fp8("FP8_STATIC", (1, 0), (0, 0), dynamic=False),
+        _fp8("FP8", (0, 0), (0, 0), dynamic=False),
+        _fp8("FPW8A16", (0, 0)),
         *(_table(name, name.lower()) for name in ("NF4", "FP4")),
         *(_table(name + "_DQ", name.lower(), nested=True) for name in ("NF4", "FP4")),
     )
 }
+
+
+def _super_grid(element: str, columns: int, level: str, minimum: bool = False) -> Grid:
+    """Blocks whose scales (and minima) are whole numbers, 256 weights sharing one float16 for them."""
+    levels = Grid(element=ELEMENTS[level], block=(1, 256 // columns))
+    return Grid(
+        element=ELEMENTS[element],
+        block=(1, columns),
+        symmetric=not minimum,
+        scale=levels,
+        offset=levels if minimum else None,
+        rule="ggml",
+    )
+
+
+def _block_grid(element: str, columns: int = 32, minimum: bool = False) -> Grid:
+    """Blocks with a float16 scale, and a float16 minimum or none."""
+    offset = "F16" if minimum else None
+    return Grid(element=ELEMENTS[element], block=(1, columns), symmetric=not minimum, offset=offset, rule="ggml")
+
+
+# The block types of ggml, by its names. An offset is the minimum, negative.
+BLOCK_GRIDS: dict[str, Grid] = {
+    "Q4_0": _block_grid("int4"),
+    "Q4_1": _block_grid("uint4", minimum=True),
+    "Q5_0": _block_grid("int5"),
+    "Q5_1": _block_grid("uint5", minimum=True),
+    "Q8_0": _block_grid("int8"),
+    "Q2_K": _super_grid("uint2", 16, "uint4", minimum=True),
+    "Q3_K": _super_grid("int3", 16, "int6"),
+    "Q4_K": _super_grid("uint4", 32, "uint6", minimum=True),
+    "Q5_K": _super_grid("uint5", 32, "uint6", minimum=True),
+    "Q6_K": _super_grid("int6", 16, "int8"),
+    "IQ4_NL": _block_grid("iq4nl"),
+    "IQ4_XS": _super_grid("iq4nl", 32, "int6"),
+    "MXFP4": replace(PRESETS["MXFP4"].weight, rule="ggml"),
+    "TQ1_0": _block_grid("ternary", 256),
+    "TQ2_0": _block_grid("ternary", 256),
+}
+PRESETS |= {f"GGUF:{name}": Scheme(name=f"GGUF:{name}", weight=grid) for name, grid in BLOCK_GRIDS.items()}
+BLOCK_NAMES = {grid: name for name, grid in reversed(BLOCK_GRIDS.items())}  # the first of those that round alike
 MIXES: dict[str, Mix] = {m.name: m for m in (Mix("W4A16_MIXED", experts="W4A16", others="W8A16"),)}
 
 _INTEGER_NAME = re.compile(r"W(?P<bits>\d+)A16(?:_?G(?P<group>-?\d+))?(?P<asym>_ASYM|_SYM)?")
-_FOREIGN_NAMES = {"MX_FP4": "MXFP4", "MX_FP8": "MXFP8"}
+_FOREIGN_NAMES = {
+    "MX_FP4": "MXFP4",
+    "MX_FP8": "MXFP8",
+    "MX_INT4": "MXINT4",
+    "NV_FP4": "NVFP4",
+    "INT8": "INT8_W8A8",
+    "W8A8": "INT8_W8A8",
+    "FP8_W8A16": "FPW8A16",
+}
 
 
 @cache

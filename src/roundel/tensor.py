@@ -59,13 +59,17 @@ class QuantizedTensor:
     """A weight matrix on a grid:  weight ≈ (codes - zero) * scale + offset.
 
     codes   [out, in]      values of the grid's element, one per weight, never packed: int8 for signed and uint8 for
-                           unsigned integers, uint8 table indices for e2m1 and nf4, float8_e4m3fn for e4m3
+                           unsigned integers, uint8 table indices for e0m3, e2m1 and nf4, float8_e4m3fn for e4m3
     scale   [out/r, in/c]  one per block of r x c weights (rounded up); itself a QuantizedTensor where scales are
                            quantized too (NVFP4, double quantization)
     zero    like scale     the code that means 0.0; None when the grid is symmetric
-    offset  like scale     float added after scaling (MLX bias, GGUF min); never with `zero`
+    offset  like scale     added after scaling (MLX bias, GGUF min), itself a QuantizedTensor where the grid says so;
+                           never with `zero`
     group_index [in]       int32, the block of each column, where columns of a block do not lie side by side (GPTQ's
                            act-order); None where they do
+    input_scale [1]        float32, by which codes of the layer's inputs are multiplied, where that is stored
+                           (FP8_STATIC; of NVFP4 the factor for the whole tensor); None where inputs are scaled at run
+                           time
 
     Raises GridError when shapes, ranges or symmetry disagree with `grid`.
     """
@@ -74,8 +78,9 @@ class QuantizedTensor:
     codes: Tensor
     scale: Tensor | QuantizedTensor
     zero: Tensor | None = None
-    offset: Tensor | None = None
+    offset: Tensor | QuantizedTensor | None = None
     group_index: Tensor | None = None
+    input_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -92,13 +97,14 @@ class QuantizedTensor:
         out, width = self.shape
         weights = torch.empty(self.shape, dtype=torch.float32, device=self.codes.device)
         scale, rows = plain(self.scale), max(1, DECODED // max(1, width))
+        offset = None if self.offset is None else plain(self.offset)
         for start in range(0, out, rows):
             part = slice(start, min(start + rows, out))
             values = code_values(self.codes[part], self.grid)
             if self.zero is not None:
                 values = values - spread(self.zero.float(), self, part)
             values = values * spread(scale, self, part)
-            weights[part] = values if self.offset is None else values + spread(self.offset.float(), self, part)
+            weights[part] = values if offset is None else values + spread(offset, self, part)
         return weights
 
 
@@ -112,7 +118,7 @@ def code_values(codes: Tensor, grid: Grid) -> Tensor:
 
 
 def plain(scale: Tensor | QuantizedTensor) -> Tensor:
-    """Scales as float32, whether they are stored as floats or quantized themselves."""
+    """Scales or offsets as float32, whether they are stored as floats or quantized themselves."""
     return scale.decode() if isinstance(scale, QuantizedTensor) else scale.float()
 
 
@@ -148,6 +154,8 @@ def _check(q: QuantizedTensor) -> None:
         raise GridError("zero and offset exclude each other")
     if isinstance(q.scale, QuantizedTensor) != isinstance(q.grid.scale, Grid):
         raise GridError("a quantized scale goes with a grid of scales, and only with it")
+    if isinstance(q.offset, QuantizedTensor) != isinstance(q.grid.offset, Grid):
+        raise GridError("a quantized offset goes with a grid of offsets, and only with it")
     if q.group_index is not None:
         _check_index(q, q.group_index, blocks[1])
     element = q.grid.element

@@ -17,7 +17,7 @@ from roundel.tensor import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Activations", "Call", "Layer", "Piece", "Space", "Stored", "Stream", "Unit", "Writer"]
+__all__ = ["Activations", "Call", "Decodable", "Layer", "Piece", "Space", "Stored", "Stream", "Unit", "Writer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,13 +157,24 @@ class Space:
 Stream = Literal["quantized", "float", "target"]
 
 
+class Decodable(Protocol):
+    """A matrix that is made when it is needed: one that is rounded (`QuantizedTensor`), or being learned."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)"""
+
+    def decode(self) -> Tensor:
+        """The float32 weights [out, in]."""
+
+
 class Activations(Protocol):
     """What enters a unit, and the unit as a function of its weights.
 
     Three streams of hidden states [samples, tokens, hidden]: "quantized" is what earlier units, rounded, hand on;
     "float" is what they would hand on unrounded; "target" is this unit's unrounded output on "float". Where a plan
     keeps one stream, "quantized" and "float" are the same. Weights are given by tensor name, as `Unit.weights` has
-    them; names that are left out are taken from the unit's own.
+    them, or as what they can be decoded from; names that are left out are taken from the unit's own.
     """
 
     @property
@@ -185,13 +196,13 @@ class Activations(Protocol):
     def inputs(self, samples: Sequence[int], stream: Stream = "quantized") -> Tensor:
         """[len(samples), tokens, hidden], on the unit's device, in the dtype it computes in."""
 
-    def forward(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, weights: Mapping[str, Tensor | Decodable]) -> Tensor:
         """The unit's output on x [any number of samples, tokens, hidden]. Differentiable in x and in weights."""
 
     def observe(
         self,
         see: Callable[[str, Tensor], None],
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor | Decodable],
         *,
         modules: Collection[str] | None = None,
         stream: Stream = "quantized",
@@ -206,7 +217,7 @@ class Activations(Protocol):
     def calls(self, module: str, samples: Sequence[int], stream: Stream = "float") -> Call:
         """What enters a module of the unit on these samples: its arguments, to be run again by `call`."""
 
-    def call(self, call: Call, weights: Mapping[str, Tensor]) -> Tensor:
+    def call(self, call: Call, weights: Mapping[str, Tensor | Decodable]) -> Tensor:
         """The module's output (the first one, where there are several) with other weights."""
 
     def tick(self, done: float, text: str) -> None:
@@ -228,8 +239,9 @@ class Unit:
 
     name         "model.layers.3", or the layer's name
     layers       the matrices to be rounded
-    weights      float tensors by tensor name ("model.layers.3.mlp.up_proj.weight"): every layer's [out, in] matrix,
-                 and in a decoder block also what stays (norms, biases, routers)
+    weights      float tensors by tensor name ("model.layers.3.mlp.up_proj.weight"): every layer's [out, in] matrix, in
+                 float32 or in the 16 bits it is stored in; and in a decoder block also what stays (norms, biases,
+                 routers), in float32
     spaces       where a transform may act, proven on this unit
     activations  None unless an algorithm or a transform of the plan reads them
     """
@@ -241,8 +253,8 @@ class Unit:
     activations: Activations | None = None
 
     def weight(self, layer: Layer) -> Tensor:
-        """A layer's matrix [out, in]."""
-        return self.weights[layer.tensor]
+        """A layer's matrix [out, in] in float32."""
+        return self.weights[layer.tensor].float()
 
     def entering(self) -> Activations:
         """The activations of a unit that must have them."""

@@ -87,15 +87,12 @@ def verify_checkpoint(
     report = _report(checkpoint)
     reported, moved = _reported(report), bool(report.get("transforms"))
     checks: list[Check] = []
-    for matrix in checkpoint.matrices.values():
-        if matrix.stored.scheme is None:
-            continue
+    layers = [m for m in checkpoint.matrices.values() if m.stored.scheme is not None or m.name in reported]
+    for matrix in layers:
         checks.append(_check_layer(checkpoint, matrix, source, reported.get(matrix.name), moved))
         if progress is not None:
             progress(matrix.name)
-    packed = {
-        p.tensor for m in checkpoint.matrices.values() if m.stored.scheme is not None for p in m.stored.parts.values()
-    }
+    packed = {piece.tensor for matrix in layers for piece in matrix.stored.parts.values()}
     for name, spec in checkpoint.source.tensors.items():
         if name not in packed and spec.dtype in ("BF16", "F16", "F32"):
             checks.append(_check_kept(checkpoint, name, None if moved else source))
@@ -118,8 +115,11 @@ def _check_layer(
     distance from the source's means nothing by itself."""
     import torch
 
-    assert matrix.stored.scheme is not None
-    scheme, sqnr = matrix.stored.scheme.name, None
+    scheme, sqnr = matrix.dtype, None
+    if matrix.stored.scheme is not None:
+        scheme = matrix.stored.scheme.name
+    else:
+        reported = None  # rounded once more, to the dtype it is stored in
     try:
         weight = checkpoint.decode(matrix.name)
     except SourceError as error:

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from roundel.scheme import Scheme
-from roundel.unit import Call, Layer, Stored, Stream, Unit
+from roundel.unit import Call, Decodable, Layer, Stored, Stream, Unit
 
-__all__ = ["BLOCK", "Shape", "ToyActivations", "forward", "make_unit", "rebound"]
+__all__ = ["BLOCK", "Shape", "ToyActivations", "forward", "make_unit", "plain_weights", "rebound"]
 
 BLOCK = "model.layers.0"
 See = Callable[[str, Tensor], None]
@@ -120,6 +120,10 @@ def _experts(shape: Shape, x: Tensor, run: Callable[[str, Tensor], Tensor]) -> T
     return out.view(x.shape)
 
 
+def plain_weights(weights: Mapping[str, Tensor | Decodable]) -> dict[str, Tensor]:
+    return {name: each if isinstance(each, Tensor) else each.decode() for name, each in weights.items()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ToyActivations:
     """`roundel.unit.Activations` of a toy block.
@@ -150,20 +154,20 @@ class ToyActivations:
                 return self.forward(self.inputs(samples, "float"), {})
         return self.streams[stream][list(samples)]
 
-    def forward(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        return forward(self.shape, BLOCK, x, {**self.own, **weights})
+    def forward(self, x: Tensor, weights: Mapping[str, Tensor | Decodable]) -> Tensor:
+        return forward(self.shape, BLOCK, x, {**self.own, **plain_weights(weights)})
 
     @torch.no_grad()
     def observe(
         self,
         see: See,
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor | Decodable],
         *,
         modules: Collection[str] | None = None,
         stream: Stream = "quantized",
         every_expert: bool = False,
     ) -> None:
-        whole = {**self.own, **weights}
+        whole = {**self.own, **plain_weights(weights)}
         asked = {f"{BLOCK}.{m}" for m in self.shape.matrices if m != "mlp.gate"} if modules is None else set(modules)
         apart = {m for m in asked if every_expert and ".experts." in m}
 
@@ -194,10 +198,10 @@ class ToyActivations:
         )
         return Call(module=module, arguments=(caught[0],), named={})
 
-    def call(self, call: Call, weights: Mapping[str, Tensor]) -> Tensor:
+    def call(self, call: Call, weights: Mapping[str, Tensor | Decodable]) -> Tensor:
         (x,) = call.arguments
         assert isinstance(x, Tensor)
-        return forward(self.shape, call.module, x, {**self.own, **weights})
+        return forward(self.shape, call.module, x, {**self.own, **plain_weights(weights)})
 
     def tick(self, done: float, text: str) -> None:
         assert 0 <= done <= 1
@@ -252,7 +256,7 @@ def make_unit(
     )
 
 
-def rebound(unit: Unit, weights: Mapping[str, Tensor]) -> Unit:
+def rebound(unit: Unit, weights: Mapping[str, Tensor | Decodable]) -> Unit:
     """The unit with other weights, and activations that know them for the unit's own."""
     assert isinstance(unit.activations, ToyActivations)
     return replace(unit, weights=weights, activations=replace(unit.activations, own=weights))

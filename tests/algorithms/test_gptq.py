@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from algorithms.blocks import BLOCK, ToyActivations, forward, make_unit
+from algorithms.fed import Fed
 from roundel.algorithms import Rounded, Rtn
 from roundel.algorithms.gptq import Gptq
 from roundel.algorithms.hessians import Collector, stages
@@ -19,7 +20,7 @@ from roundel.ops.encode import encode
 from roundel.ops.fit import fit_symmetric
 from roundel.scheme import Scheme
 from roundel.tensor import QuantizedTensor, TensorSpec
-from roundel.unit import Layer, Stored, Stream, Unit
+from roundel.unit import Layer, Stored, Unit
 
 SCHEMES = ("W2A16G32", "W3A16G32_ASYM", "W4A16G-1", "W4A16G48", "W8A16G32", "MXFP4", "MXFP8")
 OPTIONS = (
@@ -31,38 +32,6 @@ OPTIONS = (
     {"true_sequential": False},
     {"trials": 0},
 )
-
-
-@dataclass(frozen=True)
-class Fed:
-    """Activations of a unit of linears that are fed given tensors, layer name -> batches [tokens, in]."""
-
-    fed: Mapping[str, list[Tensor]]
-    passes: list[tuple[set[str], set[str]]] = field(default_factory=list)
-    samples: int = 4
-    tokens: int = 16
-    batch: int = 4
-    part: int = 4
-
-    def observe(
-        self,
-        see: Callable[[str, Tensor], None],
-        weights: Mapping[str, Tensor],
-        *,
-        modules: Collection[str] | None = None,
-        stream: Stream = "quantized",
-        every_expert: bool = False,
-    ) -> None:
-        assert stream == "quantized"
-        asked = set(self.fed) if modules is None else set(modules)
-        self.passes.append((asked, set(weights)))
-        for number in range(max(len(batches) for batches in self.fed.values())):
-            for name, batches in self.fed.items():
-                if name in asked and number < len(batches):
-                    see(name, batches[number])
-
-    def tick(self, done: float, text: str) -> None:
-        assert 0 <= done <= 1
 
 
 def unit_of(fed: Mapping[str, list[Tensor]], schemes: str | Mapping[str, str] = "W4A16G32", out: int = 24) -> Unit:
@@ -271,6 +240,14 @@ def test_inputs_of_no_use_end_in_plain_rounding(value: float) -> None:
     plain = encode(unit.weights["lm_head.weight"], unit.layers[0].scheme.weight)
     assert torch.equal(result.tensor.decode(), plain.decode())
     assert result.tensor.decode().abs().max() > 0
+
+
+def test_damping_that_was_not_enough_is_told() -> None:
+    unit = unit_of({"lm_head": [torch.ones(100, 64)]})  # one direction of 64
+    result = Gptq(damping=0.0, shrinkage=False).quantize(unit)["lm_head"]
+    assert result.fallback is None and result.note is not None
+    assert result.note.startswith("damping raised from 0 to 0.01")
+    assert Gptq(damping=0.02).quantize(unit)["lm_head"].note is None
 
 
 def test_an_output_head_is_one_more_layer() -> None:

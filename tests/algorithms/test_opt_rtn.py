@@ -3,15 +3,17 @@ what enters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from algorithms.blocks import BLOCK, ToyActivations, make_unit
-from roundel.algorithms.opt_rtn import OptRtn, mean_squares
+from algorithms.fed import Fed
+from roundel.algorithms.inputs import mean_squares
+from roundel.algorithms.opt_rtn import OptRtn
 from roundel.errors import RecipeError
 from roundel.ops.encode import encode
 from roundel.scheme import ELEMENTS, Grid, Scheme
@@ -74,7 +76,7 @@ def test_outputs_on_other_inputs_err_less(scheme: str) -> None:
 
 def test_mean_squares_are_of_the_quantized_stream() -> None:
     unit = make_unit(samples=5, noise=0.5)
-    found = mean_squares(unit)
+    found = mean_squares(unit, "quantized")
     for stream, equal in (("quantized", True), ("float", False)):
         for name, x in entering(unit, stream).items():  # type: ignore[arg-type]
             expected = x.square().mean(0)
@@ -82,41 +84,19 @@ def test_mean_squares_are_of_the_quantized_stream() -> None:
             assert found[name].tokens == len(x)
 
 
-@dataclass(frozen=True)
-class Told:
-    """Activations of one layer that are given."""
-
-    module: str
-    parts: list[Tensor]
-    asked: list[tuple[Mapping[str, Tensor], Stream]] = field(default_factory=list)
-
-    def observe(
-        self,
-        see: Callable[[str, Tensor], None],
-        weights: Mapping[str, Tensor],
-        *,
-        modules: Collection[str] | None = None,
-        stream: Stream = "quantized",
-        every_expert: bool = False,
-    ) -> None:
-        self.asked.append((weights, stream))
-        for x in self.parts:
-            see(self.module, x)
-
-
-def one_layer(scheme: str, parts: list[Tensor], weight: Tensor | None = None) -> tuple[Unit, Layer, Told]:
+def one_layer(scheme: str, parts: list[Tensor], weight: Tensor | None = None) -> tuple[Unit, Layer, Fed]:
     unit = make_unit(scheme)
     layer = unit.layers[0]
-    told = Told(layer.name, parts)
+    fed = Fed({layer.name: parts})
     weights = {layer.tensor: unit.weight(layer) if weight is None else weight}
-    return replace(unit, layers=(layer,), weights=weights, activations=told), layer, told  # type: ignore[arg-type]
+    return replace(unit, layers=(layer,), weights=weights, activations=fed), layer, fed  # type: ignore[arg-type]
 
 
 def test_inputs_are_looked_at_once() -> None:
     parts = [torch.randn(40, 64), torch.randn(0, 64), torch.randn(60, 64)]
-    unit, layer, told = one_layer("W4A16G32", parts)
+    unit, layer, fed = one_layer("W4A16G32", parts)
     assert OptRtn(imatrix=True).quantize(unit)[layer.name].tokens == 100
-    assert told.asked == [(unit.weights, "quantized")]
+    assert fed.passes == [({layer.name}, set(unit.weights))]
 
 
 @pytest.mark.parametrize(("tokens", "says"), [(0, "no token"), (63, "63 tokens reached it, fewer than 64")])

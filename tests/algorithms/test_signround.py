@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from algorithms.blocks import BLOCK, ToyActivations, make_unit, rebound
+from algorithms.blocks import BLOCK, ToyActivations, make_unit, plain_weights, rebound
 from roundel.algorithms.algorithm import Rounded
 from roundel.algorithms.signround import SignRound
 from roundel.errors import RecipeError
@@ -86,7 +86,7 @@ def slow_signround(unit: Unit, how: SignRound, steps: int) -> dict[str, Tensor]:
         return codes, codes * scale
 
     generator, left = torch.Generator().manual_seed(how.seed), []
-    size = (how.batch_size or entering.batch) * how.gradient_accumulation
+    size = how.batch_size * how.gradient_accumulation
     for step in range(steps):
         if len(left) < size:
             left = torch.randperm(entering.samples, generator=generator).tolist()
@@ -275,7 +275,7 @@ def make_head(scheme: str) -> Unit:
 
     class Head(ToyActivations):
         def forward(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-            whole = {**self.own, **weights}
+            whole = {**self.own, **plain_weights(weights)}
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * whole["model.norm.weight"]
             return x @ whole["lm_head.weight"].T
 
@@ -340,3 +340,12 @@ def test_grids_out_of_reach_are_refused() -> None:
     tile = replace(layer.scheme, weight=replace(layer.scheme.weight, block=(128, 128)))
     assert SignRound().refuse(layer) is None
     assert "signround" in str(SignRound().refuse(replace(layer, scheme=tile)))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "same"), [("W2A16G32_ASYM", "rtn"), ("W2A16G32", "search"), ("W3A16G32_ASYM", "search")]
+)
+def test_where_learning_starts(scheme: str, same: str) -> None:
+    unit = make_unit(scheme)
+    auto, named = (SignRound(iters=0, start=start, keep_best=False).quantize(unit) for start in ("auto", same))
+    assert all(torch.equal(auto[n].tensor.decode(), named[n].tensor.decode()) for n in auto)

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from calibration.cases import Case, make_case, tokens_of
+from roundel.calibration.late import stand_ins
 from roundel.calibration.skeleton import Block
+from roundel.ops.encode import encode
+from roundel.scheme import Scheme
+from roundel.tensor import QuantizedTensor
 
 # dense with q and k apart and fused, Conv1D, learned positions, linear attention, and every way experts are stored
 TYPES = (
@@ -288,3 +292,46 @@ def of_expert(gradients: dict[str, Any], name: str, model_type: str) -> Tensor:
         return whole
     place = ("gate_proj", "up_proj").index(projection)
     return whole[place::2] if model_type == "gpt_oss" else whole.chunk(2)[place]
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_matrices_as_they_are_stored_or_rounded_compute_what_wide_ones_do(
+    model_type: str, cases: Callable[[str], Case]
+) -> None:
+    case, tokens = cases(model_type), tokens_of(3)
+    grid = Scheme.parse("W4A16G-1").weight
+    for block, x in ((case.skeleton.blocks[1], case.inputs(1, tokens)), (case.skeleton.tail, case.inputs(1, tokens))):
+        narrow: dict[str, Tensor | QuantizedTensor] = dict(case.weights)
+        for number, tensor in enumerate(f"{module}.weight" for module in block.modules):
+            stored = case.weights[tensor].bfloat16()
+            narrow[tensor] = encode(stored, grid) if number % 2 else stored
+        wide = {n: w.float() if isinstance(w, Tensor) else w.decode() for n, w in narrow.items()}
+        assert any(not torch.equal(wide[f"{m}.weight"], case.weights[f"{m}.weight"]) for m in block.modules)
+        with torch.no_grad():
+            assert torch.equal(block.forward(x, narrow), block.forward(x, wide))
+        for module in block.modules[:2]:
+            call = block.calls(x, narrow, module)
+            assert torch.equal(call.arguments[0], block.calls(x, wide, module).arguments[0])  # type: ignore[arg-type]
+            with torch.no_grad():
+                assert torch.equal(block.call(call, narrow), block.call(call, wide))
+
+
+def test_a_stand_in_that_is_used_unnoticed_shows() -> None:
+    """It is NaN for what does not pass through torch's functions, and knows its shape without being made."""
+    made: list[int] = []
+
+    class Matrix:
+        shape = (3, 4)
+
+        def decode(self) -> Tensor:
+            made.append(1)
+            return torch.ones(self.shape)
+
+    given, late = stand_ins({"w": Matrix(), "b": torch.zeros(3)}, torch.float32, torch.device("cpu"))
+    assert bool(torch.isnan(given["w"]).all())
+    with late:
+        assert given["w"].shape == (3, 4) and given["w"].dtype == torch.float32 and not made
+        assert torch.equal(nn.functional.linear(torch.ones(2, 4), given["w"], given["b"]), torch.full((2, 3), 4.0))
+        assert torch.equal(torch.ones(2, 4) @ given["w"].T, torch.full((2, 3), 4.0))
+        assert torch.equal(torch.addmm(given["b"], torch.ones(2, 4), given["w"].mT), torch.full((2, 3), 4.0))
+    assert len(made) == 3

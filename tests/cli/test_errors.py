@@ -108,12 +108,12 @@ UNFIT = [
         ["layer_config 'embed' matches only matrices that are kept, such as model.embed_tokens"],
     ),
     (
-        "--bits 3 --format auto_awq,llm_compressor",
+        "--bits 3 --format auto_awq,llm_compressor",  # the model's layers have 64 and 128 inputs
         [
             "2 problems:",
             "model.layers.0.mlp.down_proj [64, 128] (and 13 more): auto_awq stores 4-bit only, W3A16 asks for 3. "
             "Use format auto_round, auto_gptq or gptq_v2, or change these layers",
-            "llm_compressor stores MXFP4 and MXFP8, W3A16 is neither",
+            "llm_compressor needs whole groups, 64 inputs are not divisible by 128",
         ],
     ),
     (
@@ -122,7 +122,7 @@ UNFIT = [
             "3 problems:",
             "'kproj' matches no layer. Did you mean 'k_proj'?",
             "'zz' matches no layer",
-            "One file holds integers or MX",
+            "One file holds integers, MXINT4, FP8 or other floats",
         ],
     ),
 ]

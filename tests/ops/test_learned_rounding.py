@@ -181,7 +181,7 @@ def by_scale_of(learned: Learned, slope: Tensor) -> Tensor:
 
 
 def test_rows_may_be_shared_among_threads() -> None:
-    from roundel.ops.numba import learned_rounding
+    from roundel.ops.numba.rows import WEIGHTS_A_THREAD
 
     learned = learned_of(torch.randn(1030, 520, generator=torch.Generator().manual_seed(0)), grids()["W4A16_ASYM"])
     slope, found = torch.randn(1030, 520), fit_range(learned)
@@ -190,7 +190,7 @@ def test_rows_may_be_shared_among_threads() -> None:
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            assert 1030 * 520 // learned_rounding.WEIGHTS_A_THREAD >= 2
+            assert 1030 * 520 // WEIGHTS_A_THREAD >= 2
             moved = copy_of(learned)
             descend(moved, found, slope, rate=0.01, range_rate=0.01)
             results.append((moved.shift, moved.high, moved.low, round_matrix(learned, found)))

@@ -31,13 +31,12 @@ from torch.overrides import TorchFunctionMode
 import roundel
 from models.pico import build
 from peers.make_models import write_tokenizer
-from roundel.checkpoint import open_checkpoint
+from roundel.checkpoint import Checkpoint, open_checkpoint
 from roundel.data.bundled import bundled_model
 from roundel.evaluation.models import decoded_model
 from roundel.ops.encode import encode
 from roundel.ops.minifloat import decode_e8m0, round_e2m1, round_e4m3
-from roundel.scheme import Grid
-from roundel.tensor import QuantizedTensor
+from roundel.scheme import PRESETS, Grid
 
 HERE = Path(__file__).parent
 PEERS = Path(os.environ.get("ROUNDEL_PEERS", HERE.parents[1] / ".peers"))
@@ -47,6 +46,8 @@ CONSUMERS = {
     "auto_gptq": "gptqmodel",
     "gptq_v2": "gptqmodel",
     "auto_awq": "gptqmodel",
+    "fp8": "auto-round",
+    "fake": "auto-round",
     "mlx": "mlx",
     "auto_round:mlx": "mlx",
     "bnb": "bnb",
@@ -133,6 +134,8 @@ SPOILERS: dict[str, Callable[[Path], None]] = {
     "bnb_nibbles": spoil_tensors("weight", lambda t: swap_nibbles(t) if t.dtype == torch.uint8 else t),
     "bnb_scales": spoil_tensors("weight.absmax", lambda t: t.flip(0)),
     "mx_scales": spoil_tensors("weight_scale", lambda t: t + 1),
+    "scales_of_rows": spoil_tensors("weight_scale", lambda t: t.flip(0)),
+    "scales_of_blocks": spoil_tensors("weight_scale_inv", lambda t: t * 2),
     "group_index": spoil_tensors("g_idx", torch.zeros_like),
 }
 
@@ -143,6 +146,15 @@ MIXED = {
     "layer_config": {
         "model.layers.0.self_attn.q_proj": {"bits": 8},
         "down_proj": {"bits": 2, "group_size": 32},
+        "model.layers.1.mlp.up_proj": {"bits": 16},
+    }
+}
+WIDTHS_MIXED = {"layer_config": {"down_proj": {"bits": 8}, "model.layers.1.mlp.up_proj": {"bits": 16}}}
+LAYOUTS_MIXED = {
+    "layer_config": {
+        "down_proj": "FP8_DYNAMIC",
+        "q_proj": "NVFP4A16",
+        "o_proj": "INT8_W8A8",
         "model.layers.1.mlp.up_proj": {"bits": 16},
     }
 }
@@ -167,6 +179,7 @@ def auto_round() -> list[Case]:
     mx = [Case(scheme=s) for s in ("MXFP4", "MXFP8", "MXFP4_RCEIL", "MXFP8_RCEIL")]
     mx += [Case(scheme="MXFP4", options=o) for o in (MX_MIXED, KEPT, HEAD)]
     mx += [Case(scheme="MXFP4", model=m) for m in ("opt_narrow", "qwen3_moe", "tinybook")]
+    mx += [Case(scheme="MXINT4", options=o) for o in ({}, KEPT)]
     return widths + groups + options + models + dtypes + mx
 
 
@@ -197,6 +210,34 @@ def llm_compressor() -> list[Case]:
         *(Case(**mx, loader="dequantize", model=m) for m in dense),
         *(Case(**mx, loader="dequantize", dtype="bfloat16", model=m) for m in ("qwen3_moe", "mixtral")),
         Case(format="llm_compressor", scheme="MXFP8", loader="dequantize"),
+    ]
+
+
+def compressed_layouts() -> list[Case]:
+    """Every layout but MX. transformers keeps scales in the model's dtype, and decodes at loading in the scales': so
+    models with float16 weights are asked for in float16, and what is dequantized in bfloat16."""
+    own: dict[str, Any] = {"format": "llm_compressor", "dtype": "bfloat16"}
+    integers = [Case(**own, scheme=f"W{bits}A16") for bits in range(2, 9)]
+    schemes = ("W4A16G-1", "W4A16G32", "INT8_W8A8", "W4AFP8", "FP8_DYNAMIC", "FP8_BLOCK", "FPW8A16", "NVFP4A16")
+    others = [Case(**own, scheme=s) for s in (*schemes, "MXFP4A16", "MXFP8A16")]
+    single = [Case(format="llm_compressor", scheme=s) for s in ("W4A16", "W8A16", "INT8_W8A8", "FP8_DYNAMIC")]
+    zeros = [Case(**own, scheme=f"W{bits}A16_ASYM", loader="dequantize") for bits in (2, 3, 4, 8)]
+    decoded_at_once = [Case(**own, scheme=s, loader="dequantize") for s in ("FP8_DYNAMIC", "NVFP4A16", "INT8_W8A8")]
+    mixed = [Case(**own, options=o) for o in (LAYOUTS_MIXED, WIDTHS_MIXED, KEPT, HEAD)]
+    models = [Case(**own, model=m) for m in ("llama_tied", "tinybook")]
+    models += [Case(format="llm_compressor", model="opt_narrow", dtype="float16")]
+    models += [Case(format="llm_compressor", model=m) for m in ("qwen3_moe", "mixtral")]
+    models += [Case(**own, model="qwen3_moe", scheme="FP8_DYNAMIC")]
+    return integers + others + single + zeros + decoded_at_once + mixed + models
+
+
+def fp8() -> list[Case]:
+    own: dict[str, Any] = {"format": "fp8", "scheme": "FP8_BLOCK", "dtype": "bfloat16"}
+    models = [Case(**own, model=m) for m in ("llama", "llama_tied", "tinybook", "qwen3_moe", "mixtral")]
+    return [
+        *models,
+        *(Case(**own, options=o) for o in (KEPT, HEAD)),
+        Case(**own | {"dtype": "float16"}, model="opt_narrow"),
     ]
 
 
@@ -237,6 +278,9 @@ LOADED = (
     Case(format="auto_awq", **OWN, options=ASYM),
     Case(format="auto_awq", model="opt_narrow"),
     *llm_compressor(),
+    *compressed_layouts(),
+    *fp8(),
+    *(Case(format="fake", scheme=s, dtype="bfloat16") for s in ("W4A16", "NVFP4A16")),
     *mlx(),
     *bnb(),
     *hqq(),
@@ -254,6 +298,9 @@ CONTROLS = (
     *(Case(format=f, spoilt=s) for f in ("auto_gptq", "auto_awq") for s in ("weight_nibbles", "scales")),
     Case(format="llm_compressor", scheme="MXFP4", dtype="bfloat16", spoilt="mx_nibbles"),
     Case(format="llm_compressor", scheme="MXFP8", loader="dequantize", spoilt="mx_scales"),
+    *(Case(format="llm_compressor", scheme=s, dtype="bfloat16", spoilt="mx_nibbles") for s in ("W4A16", "NVFP4A16")),
+    Case(format="llm_compressor", scheme="FP8_DYNAMIC", dtype="bfloat16", spoilt="scales_of_rows"),
+    Case(format="fp8", scheme="FP8_BLOCK", dtype="bfloat16", spoilt="scales_of_blocks"),
     *(Case(format="bnb", scheme="NF4", dtype="bfloat16", spoilt=s) for s in ("bnb_nibbles", "bnb_scales")),
     *(Case(format="hqq", loader="hqq", spoilt=s) for s in ("hqq_codes", "hqq_zeros")),
     *(Case(format="mlx", loader="mlx", spoilt=s) for s in ("mlx_nibbles", "scales", "mlx_biases")),
@@ -261,6 +308,8 @@ CONTROLS = (
 RENAMED = "its model has gate_proj, up_proj, down_proj and no way to find them under w1, w3, w2"
 KERNEL = "its 4-bit CPU kernel takes whole groups of 32, 64, 128 or 256; `backend='torch'` does without it"
 ROWS = "it takes the scales of 8-bit float experts for one a row"
+UNPACKED_ZEROS = "transformers 5.23 expects zero points that are not packed, unless told to dequantize"
+WHOLE_BLOCKS = "decoding, it divides a matrix evenly among its scales"
 ONE = "it decodes all layers by one group of the config"
 FUSED = "transformers holds the experts in one tensor, which optimum and its AWQ route leave uninitialised"
 LIMITS = (
@@ -283,6 +332,9 @@ LIMITS = (
     Case(format="auto_awq", model="qwen3_moe", limit=FUSED),
     Case(format="auto_awq", options={"group_size": -1}, limit=KERNEL),
     Case(format="auto_awq", **OWN, options=KEPT, limit="it does not read `modules_to_not_convert`"),
+    Case(format="llm_compressor", scheme="W4A16_ASYM", dtype="bfloat16", limit=UNPACKED_ZEROS),
+    Case(format="llm_compressor", scheme="NVFP4A16", limit="it decodes to bfloat16, whatever dtype the model has"),
+    Case(format="fp8", scheme="FP8_BLOCK", dtype="bfloat16", model="llama_odd", limit=WHOLE_BLOCKS),
     Case(format="llm_compressor", scheme="MXFP8", model="qwen3_moe", loader="dequantize", limit=ROWS),
     Case(format="llm_compressor", scheme="MXFP4", options=MX_MIXED, loader="dequantize", limit=ONE),
 )
@@ -385,13 +437,14 @@ def reference(case: Case, result: Result) -> Tensor:
     """Logits [tokens, vocab] of the float model with our decoded weights, in the dtype the consumer computed in."""
     checkpoint = open_checkpoint(result["ours"])
     layers = checkpoint.layers
-    model: Any = decoded_model(Path(result["ours"]), {name: checkpoint.decode(name) for name in layers})
+    model: Any = decoded_model(Path(result["ours"]), {name: decoded(case, checkpoint, name) for name in layers})
     checkpoint.close()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(getattr(torch, result["dtype"].removeprefix("torch.")))
     modules, grids = dict(model.named_modules()), {}
+    weights_only = case.loader == "dequantize" or case.format == "fp8"  # on CPU transformers decodes fp8 at loading
     for name, layer in layers.items():
-        if layer.scheme.input is None or case.loader == "dequantize":
+        if layer.scheme.input is None or weights_only:
             continue
         if name in modules:
             grids[modules[name].weight.data_ptr()] = layer.scheme.input
@@ -404,6 +457,13 @@ def reference(case: Case, result: Result) -> Tensor:
     with torch.no_grad(), RoundedInputs(grids, rule):
         logits: Tensor = model(input_ids=torch.tensor([PROMPT]), use_cache=False).logits[0].float()
     return logits
+
+
+def decoded(case: Case, checkpoint: Checkpoint, name: str) -> Tensor:
+    """The weights of a layer as the consumer computes them before it casts them to the model's dtype."""
+    weight, scheme = checkpoint.decode(name), checkpoint.layers[name].scheme
+    in_half = case.format == "llm_compressor" and case.loader == "dequantize" and scheme.weight.scale == "F16"
+    return weight.half() if in_half else weight
 
 
 class RoundedInputs(TorchFunctionMode):
@@ -419,21 +479,33 @@ class RoundedInputs(TorchFunctionMode):
         if func is functional.linear:
             grid = self.grids.get(args[1].untyped_storage().data_ptr())
             if grid is not None:
-                inputs = args[0].reshape(-1, args[0].shape[-1]).float()
+                inputs = args[0].reshape(-1, args[0].shape[-1])
                 args = (self.rule(inputs, grid).to(args[0].dtype).view(args[0].shape), *args[1:])
         return func(*args, **(kwargs or {}))
 
 
 def rounded(inputs: Tensor, grid: Grid) -> Tensor:
-    return encode(inputs, grid).decode()
+    """As the scheme says, but for MXINT4: auto-round forgets to tell its rounding so, which then takes MXFP4."""
+    return encode(inputs, PRESETS["MXFP4"].weight if grid == PRESETS["MXINT4"].weight else grid).decode()
 
 
 def rounded_by_compressed_tensors(inputs: Tensor, grid: Grid) -> Tensor:
-    """Its exponent is the floor of log2(max), and one more where max is at least 1.75 times that power of two."""
-    groups = inputs.unflatten(-1, (-1, grid.block[1]))
-    mantissa, exponent = torch.frexp(groups.abs().amax(-1))
-    largest = math.floor(math.log2(grid.element.hi))
-    scale = (exponent - 1 + (mantissa >= 0.875).int() - largest + 127).clamp(0, 254).to(torch.uint8)
-    scaled = (groups / decode_e8m0(scale)[..., None]).flatten(-2)
-    codes = round_e2m1(scaled) if grid.element.name == "e2m1" else round_e4m3(scaled)
-    return QuantizedTensor(grid=grid, codes=codes, scale=scale.view(torch.float8_e8m0fnu)).decode()
+    """It computes in the dtype of the inputs. Powers of two are the floor of log2(max), and one more where max is at
+    least 1.75 times that; a float scale makes max the middle of both ends of the element's range."""
+    groups = inputs.unflatten(-1, (-1, grid.block_of((1, inputs.shape[-1]))[1]))
+    largest = groups.abs().amax(-1, keepdim=True)
+    if grid.scale == "E8M0":
+        mantissa, exponent = torch.frexp(largest.float())
+        power = exponent - 1 + (mantissa >= 0.875).int() - math.floor(math.log2(grid.element.hi))
+        scale = decode_e8m0((power + 127).clamp(0, 254).to(torch.uint8)).to(inputs.dtype)
+    else:
+        scale = largest / ((grid.element.hi - grid.element.lo) / 2)
+        scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
+    scaled = (groups / scale).clamp(grid.element.lo, grid.element.hi)
+    if grid.element.is_integer:
+        levels = scaled.round()
+    elif grid.element.values is None:
+        levels = round_e4m3(scaled.float()).to(inputs.dtype)
+    else:
+        levels = torch.tensor(grid.element.values, dtype=inputs.dtype)[round_e2m1(scaled.float()).long()]
+    return (levels * scale).flatten(-2)

@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 from roundel.tensor import QuantizedTensor
 from roundel.unit import Layer, Unit
 
-__all__ = ["Algorithm", "Rounded"]
+__all__ = ["Algorithm", "Rounded", "misfit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,7 @@ class Rounded:
     baseline   the same objective with plain rounding
     tokens     tokens that entered the layer; None where no data was looked at
     fallback   why plain rounding, or another way than the algorithm's, was taken; None where it was not
+    note       another fact worth a line of the report
     """
 
     tensor: QuantizedTensor
@@ -26,6 +27,7 @@ class Rounded:
     baseline: float | None = None
     tokens: int | None = None
     fallback: str | None = None
+    note: str | None = None
 
 
 class Algorithm(Protocol):
@@ -64,11 +66,12 @@ class Algorithm(Protocol):
 
     @property
     def copies(self) -> float:
-        """Float32 copies of a unit's weights that are held at once, these among them. For estimates."""
-        return 1.25
+        """Float32 copies of a unit's weights, or what takes as much, that are held beside these. For estimates."""
+        return 0.25
 
-    def learns_on(self, batch: int) -> int:
-        """Samples it runs forward and backward at once; 0 where it only runs forward. For estimates."""
+    def learns_on(self, batch: int, part: int) -> int:
+        """Samples it runs forward and backward at once, where a step has `batch` and `part` are run together; 0 where
+        it only runs forward. For estimates."""
         return 0
 
     def refuse(self, layer: Layer) -> str | None:
@@ -76,3 +79,11 @@ class Algorithm(Protocol):
 
     def quantize(self, unit: Unit) -> dict[str, Rounded]:
         """One result for each of unit.layers, by layer name. Returns values; changes nothing."""
+
+
+def misfit(layer: Layer) -> str | None:
+    """Why a layer's rows do not divide into the blocks of its scheme, where these cannot be cut short, or None."""
+    whole = layer.scheme.weight.row_columns
+    if layer.shape[1] % whole == 0:
+        return None
+    return f"{layer.scheme.name} takes rows of whole blocks of {whole}, not of {layer.shape[1]}"

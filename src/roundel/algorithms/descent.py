@@ -1,26 +1,30 @@
-"""The loop of SignRound: round, run the unit, go back through it, step. What a step does to a matrix is in
+"""The loop of SignRound: run the unit on learned weights, go back through it, step. What a step does to a matrix is in
 `roundel.ops.learned_rounding`; the hyperparameters are the fields of `SignRound`.
 
-A matrix steps as soon as its gradient is there, while that is still in cache, and the gradient is let go: beside the
-weights a unit holds their shifts and rounded values, and one layer's gradient.
+A matrix is rounded when its layer runs, and once more on the way back; it steps as soon as its gradient is there. So
+beside the weights as they are stored a unit holds their shifts, and of one layer at a time the rounded weights and
+their gradient.
 """
 
 from __future__ import annotations
 
 import math
+import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from roundel.algorithms.algorithm import Rounded
+from roundel.algorithms.inputs import Inputs, mean_squares
 from roundel.ops.encode import encode
 from roundel.ops.learned_rounding import Learned, begin, descend, finish, fit_range, remember, round_matrix
 from roundel.ops.search import search
 from roundel.tensor import QuantizedTensor
-from roundel.unit import Layer, Stream, Unit
+from roundel.unit import Decodable, Layer, Stream, Unit
 
 if TYPE_CHECKING:
     from roundel.algorithms.signround import SignRound
@@ -28,20 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["learn"]
 
 MEASURED = 32  # samples on which states are compared
+PLAIN_WON = "plain rounding: nothing that was learned has a lower error"
 STATES = 4  # how many are, evenly over the steps; the last is one of them
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Seen:
-    """What entered each layer: the sum of squares [in] of every input channel, float64, and the number of tokens."""
-
-    squares: dict[str, Tensor] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
-
-    def add(self, module: str, x: Tensor) -> None:
-        found = x.float().square().sum(0).double()
-        self.squares[module] = self.squares[module] + found if module in self.squares else found
-        self.tokens[module] = self.tokens.get(module, 0) + x.shape[0]
 
 
 def learn(unit: Unit, how: SignRound) -> dict[str, Rounded]:
@@ -50,24 +42,25 @@ def learn(unit: Unit, how: SignRound) -> dict[str, Rounded]:
     The error of a layer is its unit's: the mean squared difference of output and target, over at most MEASURED samples,
     evenly chosen. With keep_best False the last state is taken whatever its error.
     """
-    seen = _Seen()
-    unit.entering().observe(seen.add, unit.weights, stream=_stream(how))
-    rounded = {layer.tensor: torch.empty_like(unit.weight(layer)) for layer in unit.layers}
+    inputs = mean_squares(unit, _stream(how))
     plainly = {layer.name: encode(unit.weight(layer), layer.scheme.weight) for layer in unit.layers}
     kept: Mapping[str, QuantizedTensor] = plainly
-    baseline = best = _error(unit, how, plainly, rounded)
-    starts = {layer.name: _start(unit, layer, how, seen, plainly) for layer in unit.layers}
-    for state in _states(unit, how, starts, rounded):
-        error = _error(unit, how, state, rounded)
+    baseline = best = _error(unit, how, plainly)
+    matrices = [_Matrix(layer, how, _begin(unit, layer, how, inputs, plainly)) for layer in unit.layers]
+    fallbacks = {layer.name: _fallback(layer, inputs) for layer in unit.layers}
+    del plainly
+    learned = False
+    for state in _states(unit, how, matrices):
+        error = _error(unit, how, state)
         if error < best or not how.keep_best:
-            best, kept = error, state
+            best, kept, learned = error, state, True
     return {
         layer.name: Rounded(
             tensor=kept[layer.name],
             error=best,
             baseline=baseline,
-            tokens=seen.tokens.get(layer.name, 0),
-            fallback=_fallback(layer, seen, kept is plainly),
+            tokens=inputs[layer.name].tokens if layer.name in inputs else 0,
+            fallback=fallbacks[layer.name] or (None if learned else PLAIN_WON),
         )
         for layer in unit.layers
     }
@@ -77,76 +70,91 @@ def _stream(how: SignRound) -> Stream:
     return "quantized" if how.quantized_inputs else "float"
 
 
-def _fallback(layer: Layer, seen: _Seen, plain_won: bool) -> str | None:
-    if not seen.tokens.get(layer.name):
-        return "no token reached it: it is rounded as learning would have started"
-    return "plain rounding: nothing that was learned has a lower error" if plain_won else None
+def _fallback(layer: Layer, inputs: Mapping[str, Inputs]) -> str | None:
+    return None if layer.name in inputs else "no token reached it: it is rounded as learning would have started"
 
 
-def _start(
-    unit: Unit, layer: Layer, how: SignRound, seen: _Seen, plainly: Mapping[str, QuantizedTensor]
-) -> QuantizedTensor:
-    if how.start == "rtn":
-        return plainly[layer.name]
-    threads = torch.get_num_threads()
-    return search(unit.weight(layer), layer.scheme.weight, seen.squares.get(layer.name), threads).tensor
+def _begin(
+    unit: Unit,
+    layer: Layer,
+    how: SignRound,
+    inputs: Mapping[str, Inputs],
+    plainly: Mapping[str, QuantizedTensor],
+) -> Learned:
+    start = plainly[layer.name]
+    few = layer.scheme.bits <= 2 and not layer.scheme.weight.symmetric
+    if how.start == "search" or (how.start == "auto" and not few):
+        importance = inputs[layer.name].mean_square if layer.name in inputs else None
+        start = search(unit.weight(layer), layer.scheme.weight, importance, torch.get_num_threads()).tensor
+    return begin(unit.weights[layer.tensor].contiguous(), start)
 
 
-def _states(
-    unit: Unit, how: SignRound, starts: Mapping[str, QuantizedTensor], rounded: Mapping[str, Tensor]
-) -> Iterator[Mapping[str, QuantizedTensor]]:
+def _states(unit: Unit, how: SignRound, matrices: Sequence[_Matrix]) -> Iterator[Mapping[str, QuantizedTensor]]:
     """What is to be compared: the start, and STATES on the way; with keep_best False, only the last."""
-    learned = {layer.name: begin(unit.weight(layer).contiguous(), starts[layer.name]) for layer in unit.layers}
     compared = {round(how.iters * i / STATES) for i in range(STATES + 1)} if how.keep_best else {how.iters}
-    if 0 in compared:
-        yield starts
-    for step in _descent(unit, how, learned, rounded):
+    for step in _descent(unit, how, matrices):
         if step in compared:
-            yield {name: finish(each) for name, each in learned.items()}
+            yield {matrix.layer.name: finish(matrix.learned) for matrix in matrices}
 
 
-def _descent(
-    unit: Unit, how: SignRound, learned: Mapping[str, Learned], rounded: Mapping[str, Tensor]
-) -> Iterator[int]:
-    """Take the steps one by one, changing `learned` in place; yields how many are done.
-
-    rounded   room for every layer's weights, by tensor name
-    """
+def _descent(unit: Unit, how: SignRound, matrices: Sequence[_Matrix]) -> Iterator[int]:
+    """Take the steps one by one, changing what is learned; yields how many are done, from 0 on."""
     entering = unit.entering()
-    batch = min(how.batch_size or entering.batch, entering.samples)
+    batch = min(how.batch_size, entering.samples)
     size = min(batch * how.gradient_accumulation, entering.samples)
+    part = 1 if how.low_memory else min(batch, entering.part)
     drawn = _draw(entering.samples, size, how.seed)
-    movers = [_Mover(layer, how, learned[layer.name], rounded[layer.tensor]) for layer in unit.layers]
+    yield 0
     for step in range(how.iters):
-        for mover in movers:
-            mover.prepare(_decay(how.schedule, step / how.iters))
-        leaves = {name: each.detach().requires_grad_() for name, each in rounded.items()}
-        loss = _backward(unit, how, leaves, movers, next(drawn), 1 if how.low_memory else batch)
-        entering.tick((step + 1) / how.iters, f"loss {loss:.4g}")
+        for matrix in matrices:
+            matrix.prepare(_decay(how.schedule, step / how.iters))
+        started = time.perf_counter()
+        loss = _backward(unit, how, matrices, next(drawn), part)
+        speed = size * entering.tokens / (time.perf_counter() - started)
+        entering.tick((step + 1) / how.iters, f"loss {loss:.4g}, {speed:,.0f} tokens/s")
         yield step + 1
 
 
-class _Mover:
-    """Moves one matrix' shift and factors along a gradient.
+class _Matrix:
+    """A layer whose rounding is learned: decodes to its rounded weights, and moves along their gradient.
 
-    rounded   room for its rounded weights
+    is_last   whether the pass is the last of a step, so that the gradient is whole once all its uses have answered
     """
 
-    def __init__(self, layer: Layer, how: SignRound, learned: Learned, rounded: Tensor) -> None:
-        self.tensor, self.learned, self.rounded = layer.tensor, learned, rounded
+    def __init__(self, layer: Layer, how: SignRound, learned: Learned) -> None:
+        self.layer, self.learned = layer, learned
         self.rate, self.range_rate = how.rates(layer)
         self.memory = remember(learned) if how.optimizer == "adam" else None
-        self.steps = 0
+        self.steps, self.uses, self.is_last = 0, 0, True
+        self.gradient: Tensor | None = None
+        self._anchor = torch.zeros((), device=learned.weight.device, requires_grad=True)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.layer.shape
+
+    def decode(self) -> Tensor:
+        """The rounded weights [out, in] float32; going back through them ends in `take`."""
+        rounded: Tensor = _Rounding.apply(self._anchor, self)  # type: ignore[no-untyped-call]
+        return rounded
+
+    def rounded(self) -> Tensor:
+        return round_matrix(self.learned, self.range)
 
     def prepare(self, decay: float) -> None:
-        """Fill `rounded` for a step whose sizes are `decay` times the first."""
-        self.decay = decay
-        self.range = fit_range(self.learned)
-        round_matrix(self.learned, self.range, self.rounded)
+        """For a step whose sizes are `decay` times the first."""
+        self.decay, self.uses, self.range = decay, 0, fit_range(self.learned)
 
-    def move(self, leaf: Tensor) -> None:
-        """Step along the gradient of `leaf`, and let it go; without one, no token reached the layer."""
-        gradient, leaf.grad = leaf.grad, None
+    def take(self, gradient: Tensor) -> None:
+        """The gradient [out, in] of one use; once all have come, step."""
+        self.gradient = gradient if self.gradient is None else self.gradient + gradient
+        self.uses -= 1
+        if self.uses == 0 and self.is_last:
+            self.move()
+
+    def move(self) -> None:
+        """Step along the gradient, and let it go; without one, no token reached the layer."""
+        gradient, self.gradient = self.gradient, None
         if gradient is None:
             return
         self.steps += 1
@@ -161,45 +169,90 @@ class _Mover:
         )
 
 
-def _backward(
-    unit: Unit,
-    how: SignRound,
-    leaves: Mapping[str, Tensor],
-    movers: Sequence[_Mover],
-    samples: Sequence[int],
-    part: int,
-) -> float:
+Alive = dict[int, tuple["weakref.ref[Tensor]", _Matrix]]  # where rounded weights are, while they are there
+
+
+class _Rounding(torch.autograd.Function):
+    """A matrix' rounded weights; the anchor makes them part of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, matrix: _Matrix) -> Tensor:
+        ctx.matrix = matrix
+        matrix.uses += 1
+        return matrix.rounded()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        ctx.matrix.take(gradient)
+        return None, None
+
+
+class _Noted:
+    """A matrix, and a note of where its rounded weights are while they are used."""
+
+    def __init__(self, matrix: _Matrix, alive: Alive) -> None:
+        self.matrix, self.alive, self.shape = matrix, alive, matrix.shape
+
+    def decode(self) -> Tensor:
+        rounded = self.matrix.decode()
+        self.alive[rounded.untyped_storage().data_ptr()] = weakref.ref(rounded), self.matrix
+        return rounded
+
+
+def _forgotten(matrices: Sequence[_Matrix]) -> tuple[dict[str, Decodable], saved_tensors_hooks]:
+    """Weights for a pass, and what is to be entered meanwhile: rounded weights are then not kept for the way back, but
+    rounded again there."""
+    alive: Alive = {}
+
+    def pack(saved: Tensor) -> object:
+        found = alive.get(saved.untyped_storage().data_ptr())
+        if found is None or found[0]() is None:  # none of them, or in the memory of one that is gone
+            return saved
+        return found[1], saved.shape, saved.stride()
+
+    def unpack(packed: object) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        assert isinstance(packed, tuple)
+        matrix, shape, stride = packed
+        rounded: Tensor = matrix.rounded().as_strided(shape, stride)
+        return rounded
+
+    return {m.layer.tensor: _Noted(m, alive) for m in matrices}, saved_tensors_hooks(pack, unpack)
+
+
+def _backward(unit: Unit, how: SignRound, matrices: Sequence[_Matrix], samples: Sequence[int], part: int) -> float:
     """The mean squared error over `samples`, run `part` at a time; every matrix moves once its gradient is whole."""
     entering, total = unit.entering(), 0.0
     for start in range(0, len(samples), part):
         some = samples[start : start + part]
-        if start + part >= len(samples):
-            for mover in movers:
-                leaves[mover.tensor].register_post_accumulate_grad_hook(mover.move)  # type: ignore[no-untyped-call]
+        for matrix in matrices:
+            matrix.is_last = start + part >= len(samples)
         target = entering.inputs(some, "target").float()
-        output = entering.forward(entering.inputs(some, _stream(how)), leaves)
-        loss = (output.float() - target).square().mean()
+        weights, hooks = _forgotten(matrices)
+        with hooks:
+            output = entering.forward(entering.inputs(some, _stream(how)), weights)
+            loss = (output.float() - target).square().mean()
         # Summed over channels, so that gradients by single weights stay far from the least float32.
         (loss * (output.shape[-1] * len(some) / len(samples))).backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach()) * len(some) / len(samples)
-    for mover in movers:
-        mover.move(leaves[mover.tensor])  # an expert that earlier parts reached and the last did not
+    for matrix in matrices:
+        matrix.move()  # an expert that earlier parts reached and the last did not
     return total
 
 
 @torch.no_grad()
-def _error(unit: Unit, how: SignRound, state: Mapping[str, QuantizedTensor], rounded: Mapping[str, Tensor]) -> float:
-    """The mean squared difference of output and target on the measured samples. `rounded` is room for the weights."""
+def _error(unit: Unit, how: SignRound, state: Mapping[str, QuantizedTensor]) -> float:
+    """The mean squared difference of output and target on the measured samples."""
     entering = unit.entering()
-    for layer in unit.layers:
-        rounded[layer.tensor].copy_(state[layer.name].decode())
+    weights = {layer.tensor: state[layer.name] for layer in unit.layers}
     count = min(MEASURED, entering.samples)
     chosen = [entering.samples * i // count for i in range(count)]
     part = 1 if how.low_memory else entering.part
     total = 0.0
     for start in range(0, count, part):
         some = chosen[start : start + part]
-        output = entering.forward(entering.inputs(some, _stream(how)), rounded)
+        output = entering.forward(entering.inputs(some, _stream(how)), weights)
         total += float((output.float() - entering.inputs(some, "target").float()).square().mean()) * len(some)
     return total / count
 

@@ -131,11 +131,11 @@ class Gptq(Algorithm):
 
     @property
     def copies(self) -> float:
-        return 3.0
+        return 1.25
 
     def refuse(self, layer: Layer) -> str | None:
         grid = layer.scheme.weight
-        if grid.block[0] != 1 or not (grid.element.is_integer or grid.scale == "E8M0"):
+        if grid.block[0] != 1 or not (grid.is_plain_integer or grid.is_mx):
             return f"gptq rounds to integers and MX floats, not to {layer.scheme.name}"
         if self.permutes and not grid.element.is_integer:
             return f"{layer.scheme.name} has no room for a group index: act_order takes static_groups with it"
@@ -146,7 +146,7 @@ class Gptq(Algorithm):
         budget = sum(4 * layer.parameters for layer in unit.layers)  # as much as the unit's weights
         rounded: dict[str, Rounded] = {}
 
-        def observe(names: Sequence[str], weights: Mapping[str, Tensor], budget: int) -> Collector:
+        def observe(names: Sequence[str], weights: Mapping[str, QuantizedTensor], budget: int) -> Collector:
             """Run the inputs through the unit and round what there is room for."""
             collector = Collector(budget)
             entering.observe(collector.see, weights, modules=names, stream="quantized")
@@ -157,13 +157,13 @@ class Gptq(Algorithm):
             return collector
 
         # The first pass also shows in which order layers are called, and which are handed the same tensor.
-        weights: dict[str, Tensor] = {}
+        weights: dict[str, QuantizedTensor] = {}
         first = observe(list(layers), weights, 0 if self.true_sequential else budget)
         done: set[str] = set()
         for stage in stages(first.inputs) if self.true_sequential else [list(first.inputs)]:
             if self.true_sequential:
                 new = [name for name in rounded if name not in done]
-                weights |= {layers[name].tensor: rounded[name].tensor.decode() for name in new}
+                weights |= {layers[name].tensor: rounded[name].tensor for name in new}
                 done.update(new)
             left = [name for name in stage if name in first.left]
             while left:
@@ -204,17 +204,32 @@ class Gptq(Algorithm):
                 found[layer.name] = (
                     _plainly(unit, layer, hessian.tokens, "no damping makes its Hessian positive definite")
                     if factors is None
-                    else self._one(unit, layer, factors, arrangement, hessian.tokens)
+                    else self._one(unit, layer, factors, arrangement, hessian.tokens, _raised(factors, damping))
                 )
         return found
 
-    def _one(self, unit: Unit, layer: Layer, factors: Factors, arrangement: Arrangement, tokens: int) -> Rounded:
-        weight, grid = unit.weight(layer), layer.scheme.weight
+    def _one(
+        self,
+        unit: Unit,
+        layer: Layer,
+        factors: Factors,
+        arrangement: Arrangement,
+        tokens: int,
+        note: str | None,
+    ) -> Rounded:
+        weight, grid = unit.weights[layer.tensor], layer.scheme.weight  # widened a slab at a time
         tensor = gptq(weight, factors, arrangement, grid, trials=self.trials, block_size=self.block_size)
         error, baseline = _errors(weight, tensor, factors)
         if error > baseline:
             return replace(_plainly(unit, layer, tokens, "plain rounding errs less"), error=baseline, baseline=baseline)
-        return Rounded(tensor=tensor, error=error, baseline=baseline, tokens=tokens)
+        return Rounded(tensor=tensor, error=error, baseline=baseline, tokens=tokens, note=note)
+
+
+def _raised(factors: Factors, damping: float) -> str | None:
+    """What to say where the damping asked for was not enough."""
+    if factors.damping <= damping:
+        return None
+    return f"damping raised from {damping:.3g} to {factors.damping:.3g}, for its Hessian was not positive definite"
 
 
 def _plainly(unit: Unit, layer: Layer, tokens: int, why: str) -> Rounded:

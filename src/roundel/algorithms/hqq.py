@@ -65,7 +65,7 @@ class Hqq(Algorithm):
 
     def refuse(self, layer: Layer) -> str | None:
         grid = layer.scheme.weight
-        if grid.block[0] != 1 or not grid.element.is_integer or grid.scale != "F16":
+        if grid.block[0] != 1 or not grid.is_plain_integer:
             return f"hqq fits scales and zero points of integers, not {layer.scheme.name}"
         return None
 

@@ -8,29 +8,18 @@ the one stream that a plan has anyway. What correlated inputs would allow (GPTQ)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from roundel.algorithms.algorithm import Algorithm, Rounded
+from roundel.algorithms.algorithm import Algorithm, Rounded, misfit
+from roundel.algorithms.inputs import Inputs, mean_squares
 from roundel.errors import RecipeError
 from roundel.scheme import Grid
 from roundel.unit import Layer, Unit
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-__all__ = ["Inputs", "OptRtn", "mean_squares"]
+__all__ = ["OptRtn"]
 
 FLOOR = 1e-6  # of the mean: the least importance of a channel, for one that was silent may speak elsewhere
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What entered a layer: the mean square of each channel [in] over its tokens, float32."""
-
-    mean_square: Tensor
-    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,18 +47,18 @@ class OptRtn(Algorithm):
 
     def refuse(self, layer: Layer) -> str | None:
         grid = layer.scheme.weight
-        if grid.element.is_integer:
-            known = grid.scale == "F16"
+        if grid.is_plain_integer or grid.rule == "ggml":
+            known = True
         else:
-            known = grid.scale == "E8M0" or (grid.element.name == "e2m1" and isinstance(grid.scale, Grid))
+            known = grid.is_mx or (grid.element.name == "e2m1" and isinstance(grid.scale, Grid))
         if grid.block[0] != 1 or not known:
-            return f"opt-rtn rounds to integers, MX floats and NVFP4, not to {layer.scheme.name}"
-        return None
+            return f"opt-rtn rounds to integers, MX floats, NVFP4 and ggml's types, not to {layer.scheme.name}"
+        return misfit(layer)
 
     def quantize(self, unit: Unit) -> dict[str, Rounded]:
         import torch
 
-        inputs = mean_squares(unit) if self.imatrix else {}
+        inputs = mean_squares(unit, "quantized") if self.imatrix else {}
         # A unit with inputs is alone; units without are handed to as many workers as there are cores.
         threads = torch.get_num_threads() if self.imatrix else 1
         return {layer.name: self._one(unit, layer, inputs.get(layer.name), threads) for layer in unit.layers}
@@ -92,19 +81,3 @@ class OptRtn(Algorithm):
             tokens=tokens if self.imatrix else None,
             fallback=fallback,
         )
-
-
-def mean_squares(unit: Unit) -> Mapping[str, Inputs]:
-    """What enters each layer of the unit that any token reaches, by layer name. One pass over the inputs."""
-    sums: dict[str, Tensor] = {}
-    tokens: dict[str, int] = {}
-
-    def see(name: str, x: Tensor) -> None:
-        if x.shape[0] == 0:
-            return
-        added = x.float().square().sum(0).double()
-        sums[name] = sums[name] + added if name in sums else added
-        tokens[name] = tokens.get(name, 0) + x.shape[0]
-
-    unit.entering().observe(see, unit.weights, stream="quantized")
-    return {name: Inputs((total / tokens[name]).float(), tokens[name]) for name, total in sums.items()}

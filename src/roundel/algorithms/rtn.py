@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from roundel.algorithms.algorithm import Algorithm, Rounded
+from roundel.algorithms.algorithm import Algorithm, Rounded, misfit
+from roundel.scheme import Grid
 from roundel.unit import Layer, Unit
 
 __all__ = ["Rtn"]
@@ -25,10 +26,13 @@ class Rtn(Algorithm):
 
     def refuse(self, layer: Layer) -> str | None:
         grid = layer.scheme.weight
-        known = grid.element.is_integer or grid.scale == "E8M0" or grid.element.name in ("nf4", "fp4")
-        if grid.block[0] != 1 or not known:
-            return f"rtn rounds to integers, MX floats and tables, not to {layer.scheme.name}"
-        return None
+        if grid.is_plain_integer or grid.rule == "ggml":
+            known = grid.block[0] == 1
+        elif grid.scale == "E8M0" or isinstance(grid.scale, Grid):
+            known = grid.block[0] == 1 and grid.element.name in ("e0m3", "e2m1", "e4m3", "nf4", "fp4")
+        else:
+            known = grid.element.name == "e4m3" or grid.element.is_integer or grid.element.name in ("nf4", "fp4")
+        return misfit(layer) if known else f"rtn has no rule for {layer.scheme.name}"
 
     def quantize(self, unit: Unit) -> dict[str, Rounded]:
         from roundel.ops.encode import encode

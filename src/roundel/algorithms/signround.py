@@ -20,7 +20,7 @@ from roundel.unit import Layer, Unit
 
 __all__ = ["SignRound"]
 
-CHOICES = {"start": ("search", "rtn"), "optimizer": ("sign", "adam"), "schedule": ("linear", "cosine")}
+CHOICES = {"start": ("auto", "search", "rtn"), "optimizer": ("sign", "adam"), "schedule": ("linear", "cosine")}
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,16 @@ class SignRound(Algorithm):
     minmax_lr   first step size of the range factors; none: lr
     schedule    how step sizes fall to 0: linear or cosine
     optimizer   sign (signed gradient descent) or adam (AdamW without decay)
-    start       where learning starts: search (scales that minimize the error of each group, weighted by its inputs) or
-                rtn (plain rounding)
+    start       where learning starts: search (scales that minimize the error of each group, weighted by its inputs),
+                rtn (plain rounding), or auto: rtn on asymmetric grids of 2 bits, else search
     tune_range  whether range factors are learned too
     quantized_inputs   whether a unit's inputs come from the rounded units before it; the target never does
     keep_best   whether the best of several states is kept, by the error on a fixed set of samples; else the last
-    batch_size  samples of a step; none: as many as are run together
+    batch_size  samples of a step: twice as many take twice the time and are no better (docs/algorithms.md)
     gradient_accumulation   batches whose gradients are summed up for a step
     blocks      decoder blocks learned together, for the error behind the last of them; memory grows with it
-    low_memory  run samples one at a time, their gradients summed up: the same steps but for float rounding
+    low_memory  run samples one at a time, their gradients summed up: the same steps but for float rounding. Without it
+                as many are run together as it takes to be fast
     seed        of the order in which samples are drawn
     """
 
@@ -54,11 +55,11 @@ class SignRound(Algorithm):
     minmax_lr: float | None = None
     schedule: str = "linear"
     optimizer: str = "sign"
-    start: str = "search"
+    start: str = "auto"
     tune_range: bool = True
     quantized_inputs: bool = True
     keep_best: bool = True
-    batch_size: int | None = None
+    batch_size: int = 4
     gradient_accumulation: int = 1
     blocks: int = 1
     low_memory: bool = False
@@ -68,7 +69,7 @@ class SignRound(Algorithm):
         lowest = {"iters": 0, "batch_size": 1, "gradient_accumulation": 1, "blocks": 1, "seed": 0}
         for name, low in lowest.items():
             value = getattr(self, name)
-            if value is not None and value < low:
+            if value < low:
                 raise RecipeError(f"signround: {name}={value} is not possible; it is at least {low}.")
         for name in ("lr", "minmax_lr"):
             rate = getattr(self, name)
@@ -93,19 +94,19 @@ class SignRound(Algorithm):
         return self.blocks
 
     def passes(self, samples: int, batch: int) -> float:
-        a_step = min(self.batch_size or batch, samples) * self.gradient_accumulation / samples
+        a_step = min(self.batch_size, samples) * self.gradient_accumulation / samples
         return 3.0 + 3.0 * self.iters * a_step
 
     @property
     def copies(self) -> float:
-        return (3.5 if self.optimizer == "sign" else 5.5) + (self.low_memory or self.gradient_accumulation > 1)
+        return 2.5 if self.optimizer == "sign" else 4.5
 
-    def learns_on(self, batch: int) -> int:
-        return 1 if self.low_memory else self.batch_size or batch
+    def learns_on(self, batch: int, part: int) -> int:
+        return 1 if self.low_memory else min(self.batch_size, part)
 
     def refuse(self, layer: Layer) -> str | None:
         grid = layer.scheme.weight
-        if grid.block[0] != 1 or not (grid.element.is_integer or grid.scale == "E8M0"):
+        if grid.block[0] != 1 or not (grid.is_plain_integer or grid.is_mx):
             return f"signround learns integers and MX floats, not {layer.scheme.name}"
         return None
 

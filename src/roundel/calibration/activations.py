@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from roundel.errors import NumericsError, OutputError
-from roundel.unit import Call, Stream
+from roundel.unit import Call, Decodable, Stream
 
 __all__ = ["Block", "BlockActivations", "Frontier"]
 
@@ -29,23 +29,23 @@ class Block(Protocol):
     def name(self) -> str:
         """Its module name in the checkpoint."""
 
-    def forward(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, weights: Mapping[str, Tensor | Decodable]) -> Tensor:
         """The output on x [samples, tokens, hidden]."""
 
     def observe(
         self,
         x: Tensor,
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor | Decodable],
         see: Callable[[str, Tensor], None],
         modules: Collection[str],
         every_expert: bool = False,
     ) -> None:
         """Call see(module, inputs [tokens, in]) for what enters these modules."""
 
-    def calls(self, x: Tensor, weights: Mapping[str, Tensor], module: str) -> Call:
+    def calls(self, x: Tensor, weights: Mapping[str, Tensor | Decodable], module: str) -> Call:
         """What enters a module."""
 
-    def call(self, call: Call, weights: Mapping[str, Tensor]) -> Tensor:
+    def call(self, call: Call, weights: Mapping[str, Tensor | Decodable]) -> Tensor:
         """A module's output on what entered it, with these weights."""
 
 
@@ -187,13 +187,13 @@ class BlockActivations:
                 return self.block.forward(self.inputs(samples, "float"), self.own)
         return self.streams[stream].read(samples).to(self.device)
 
-    def forward(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, weights: Mapping[str, Tensor | Decodable]) -> Tensor:
         return self.block.forward(x, self._all(weights))
 
     def observe(
         self,
         see: Callable[[str, Tensor], None],
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor | Decodable],
         *,
         modules: Collection[str] | None = None,
         stream: Stream = "quantized",
@@ -209,7 +209,7 @@ class BlockActivations:
     def calls(self, module: str, samples: Sequence[int], stream: Stream = "float") -> Call:
         return self.block.calls(self.inputs(samples, stream), self.own, module)
 
-    def call(self, call: Call, weights: Mapping[str, Tensor]) -> Tensor:
+    def call(self, call: Call, weights: Mapping[str, Tensor | Decodable]) -> Tensor:
         return self.block.call(call, self._all(weights))
 
     def tick(self, done: float, text: str) -> None:
@@ -220,5 +220,5 @@ class BlockActivations:
         for start in range(0, self.samples, self.part):
             yield range(start, min(start + self.part, self.samples))
 
-    def _all(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def _all(self, weights: Mapping[str, Tensor | Decodable]) -> Mapping[str, Tensor | Decodable]:
         return ChainMap(dict(weights), dict(self.own))

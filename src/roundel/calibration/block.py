@@ -1,6 +1,7 @@
 """A decoder block, or the model's end, as a function of its weights.
 
 The module holds no numbers: weights are arguments of `torch.func.functional_call`. All names are the checkpoint's.
+Matrices may be given as they are stored, or rounded; they are widened one by one (`late.py`).
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 
 from roundel.calibration.experts import experts_and_inputs, experts_prefix
-from roundel.unit import Call
+from roundel.calibration.late import stand_ins
+from roundel.unit import Call, Decodable
 
 __all__ = ["Block", "Blocks"]
 
 See = Callable[[str, Tensor], None]
+Weights = Mapping[str, Tensor | Decodable]
 Run = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
 
@@ -63,17 +67,17 @@ class Block:
         self.tensors = tuple(parameters.values())
         self.modules = self._names.matrices
 
-    def forward(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, weights: Weights) -> Tensor:
         """The output on x [samples, tokens, hidden]. Differentiable in x and in weights.
 
         An expert that no token is routed to takes no part: its weights get no gradient.
         """
-        return self._run(self._numbers(weights), x)
+        return self._computed(x, weights)
 
     def observe(
         self,
         x: Tensor,
-        weights: Mapping[str, Tensor],
+        weights: Weights,
         see: See,
         modules: Collection[str],
         every_expert: bool = False,
@@ -87,11 +91,11 @@ class Block:
         with torch.no_grad(), looking.hooks(self._module, every_expert):
             try:
                 if modules:
-                    self._run(self._numbers(weights), x)
+                    self._computed(x, weights)
             except _Enough:
                 pass
 
-    def calls(self, x: Tensor, weights: Mapping[str, Tensor], module: str) -> Call:
+    def calls(self, x: Tensor, weights: Weights, module: str) -> Call:
         """What enters a module: a matrix, what holds it, or the block itself.
 
         An expert's matrix that no token reaches is entered by a tensor of no rows. Raises LookupError for any other
@@ -109,7 +113,7 @@ class Block:
         hook = inner.register_forward_pre_hook(catch, with_kwargs=True)
         try:
             with torch.no_grad():
-                self._run(self._numbers(weights), x)
+                self._computed(x, weights)
         except _Enough:
             return caught[0]
         finally:
@@ -119,7 +123,7 @@ class Block:
             return Call(module=module, arguments=(x.new_empty(0, width),), named={})
         raise LookupError(f"{module} is not called by {self.name}")
 
-    def call(self, call: Call, weights: Mapping[str, Tensor]) -> Tensor:
+    def call(self, call: Call, weights: Weights) -> Tensor:
         """A module's output (the first, where there are several) on what entered it, with these weights."""
         path = self.path(call.module)
         if path == "":
@@ -131,9 +135,12 @@ class Block:
             for name, tensor in self._names.parameters.items()
             if name.startswith(path + ".")
         }
-        output = functional_call(
-            self._module.get_submodule(path), numbers, call.arguments, dict(call.named), tie_weights=False
-        )
+        inputs = tree_leaves((call.arguments, dict(call.named)))
+        x = next(leaf for leaf in inputs if isinstance(leaf, Tensor) and leaf.is_floating_point())
+        given, late = stand_ins(numbers, x.dtype, x.device)
+        module = self._module.get_submodule(path)
+        with late:
+            output = functional_call(module, given, call.arguments, dict(call.named), tie_weights=False)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
@@ -143,8 +150,11 @@ class Block:
             return self._names.paths[module]
         raise LookupError(f"{module} is no module of {self.name}")
 
-    def _numbers(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: weights[tensor] for name, tensor in self._names.parameters.items()}
+    def _computed(self, x: Tensor, weights: Weights) -> Tensor:
+        numbers = {name: weights[tensor] for name, tensor in self._names.parameters.items()}
+        given, late = stand_ins(numbers, x.dtype, x.device)
+        with late:
+            return self._run(given, x)
 
 
 class Blocks:
@@ -155,7 +165,7 @@ class Blocks:
         self.tensors = tuple(tensor for block in blocks for tensor in block.tensors)
         self.modules = tuple(module for block in blocks for module in block.modules)
 
-    def forward(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, weights: Weights) -> Tensor:
         for block in self._blocks:
             x = block.forward(x, weights)
         return x
@@ -163,7 +173,7 @@ class Blocks:
     def observe(
         self,
         x: Tensor,
-        weights: Mapping[str, Tensor],
+        weights: Weights,
         see: See,
         modules: Collection[str],
         every_expert: bool = False,
@@ -175,14 +185,14 @@ class Blocks:
                 if number < last:
                     x = block.forward(x, weights)
 
-    def calls(self, x: Tensor, weights: Mapping[str, Tensor], module: str) -> Call:
+    def calls(self, x: Tensor, weights: Weights, module: str) -> Call:
         home = self._home(module)
         with torch.no_grad():
             for block in self._blocks[: self._blocks.index(home)]:
                 x = block.forward(x, weights)
         return home.calls(x, weights, module)
 
-    def call(self, call: Call, weights: Mapping[str, Tensor]) -> Tensor:
+    def call(self, call: Call, weights: Weights) -> Tensor:
         return self._home(call.module).call(call, weights)
 
     def _home(self, module: str) -> Block:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from roundel.scheme import Grid
+    from roundel.scheme import Grid, Scheme
 
 __all__ = ["list_"]
 
@@ -35,14 +35,13 @@ def _schemes() -> None:
     shown = table("scheme", "weights", "block", "scale", "bits/weight (4096×4096)", "inputs at run time")
     for name, scheme in PRESETS.items():
         grid = scheme.weight
-        inputs = "16 bits" if scheme.input is None else f"{scheme.input.element.name}, {scheme.input.exponent}"
         shown.add_row(
             name,
             grid.element.name,
             describe_block(grid.block),
             _scale(grid.scale),
             f"{grid.bits_per_weight((4096, 4096)):.3f}",
-            inputs,
+            _inputs(scheme),
         )
     for mix in MIXES.values():
         shown.add_row(mix.name, f"{mix.experts} for routed experts, {mix.others} for the rest", "", "", "", "")
@@ -51,6 +50,16 @@ def _schemes() -> None:
         "Any W<bits>A16[G<group>][_ASYM] with 2 to 8 bits is a scheme too, such as W3A16G64_ASYM; G-1 is one scale "
         "per row."
     )
+
+
+def _inputs(scheme: Scheme) -> str:
+    from roundel.scheme import describe_block
+
+    if scheme.input is None:
+        return "16 bits"
+    block = describe_block(scheme.input.block).replace("channel", "token")
+    ceiling = ", exponents rounded up" if scheme.input.exponent == "rceil" else ""
+    return f"{scheme.input.element.name}, {block}{ceiling}{', scale stored' if scheme.stores_input_scale else ''}"
 
 
 def _scale(scale: str | Grid) -> str:

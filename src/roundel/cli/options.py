@@ -36,7 +36,11 @@ _OPTIONS = (
     ),
     click.option("--nsamples", type=int, help="Calibration samples. [default: 128]"),
     click.option("--seqlen", type=int, help="Tokens of a sample. [default: 2048, or what the model takes]"),
-    click.option("--batch-size", type=int, help="Samples run together. [default: 8]"),
+    click.option(
+        "--batch-size",
+        type=int,
+        help="Samples run together, and taken for a step of learning. [default: 8; for signround's steps 4]",
+    ),
     click.option("--seed", type=int, help="Of the samples' order and of all that is drawn. [default: 42]"),
     click.option("--activation-dtype", metavar="DTYPE", help="Of activations between blocks. [default: float32]"),
     click.option(

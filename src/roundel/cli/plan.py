@@ -46,7 +46,7 @@ def plan(
         checkpoint = open_checkpoint(model, revision, Path(work))
         try:
             made = build_plan(checkpoint, recipe)
-            foreseen = estimate(made, checkpoint) if recipe.chain.reads_activations and probe else None
+            foreseen = estimate(made, checkpoint) if recipe.reads_activations and probe else None
         finally:
             checkpoint.close()
     count = workers or default_workers(made, device)

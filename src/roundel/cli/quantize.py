@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import click
 
 from roundel.cli.options import recipe_from, recipe_options
+from roundel.memory import peak_memory
 
 __all__ = ["quantize"]
 
@@ -69,10 +71,11 @@ def quantize(
     try:
         plan = build_plan(checkpoint, recipe)
         calibration, bar = None, _Bar(sum(layer.parameters for layer in plan.layers), len(plan.layers))
-        if recipe.chain.reads_activations:
+        if recipe.reads_activations:
             calibration = calibration_of(
                 checkpoint, recipe, offload=offload, trust_remote_code=trust_remote_code, tick=bar.tick
             )
+            bar.tokens = calibration.tokens.numel()
             plan = build_plan(checkpoint, recipe, None, (calibration.sha256, calibration.notes))
         if not is_complete(folder, plan):
             console.print(
@@ -105,7 +108,10 @@ def default_folder(model: str, scheme: str) -> Path:
 
 
 class _Bar:
-    """A bar over weights, with the layer at hand and the time left."""
+    """A bar over weights, with the time left, the most memory that was held, and the layer or block at hand.
+
+    tokens   of calibration data; each goes through every block
+    """
 
     def __init__(self, weights: int, layers: int) -> None:
         from rich.progress import (
@@ -126,12 +132,14 @@ class _Bar:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[memory]}"),
             TextColumn("{task.description}", markup=False),
             console=console,
             transient=True,
         )
-        self._task = self._progress.add_task("", total=weights, layers=0)
+        self._task = self._progress.add_task("", total=weights, layers=0, memory="")
         self._layers, self._done, self._largest = 0, 0, 0
+        self.tokens, self._since = 0, time.perf_counter()
 
     def __enter__(self) -> _Bar:
         self._progress.start()
@@ -146,10 +154,18 @@ class _Bar:
         size = sum(layer.parameters for layer in work.rounded)
         self._done += size
         self._largest = max(self._largest, size)
-        self._progress.update(self._task, completed=self._done, description=work.name, layers=self._layers)
+        now, text = time.perf_counter(), work.name
+        if work.kind == "unit":
+            text += f" {self.tokens / (now - self._since):,.0f} tokens/s"
+        self._since = now
+        self._show(self._done, text)
 
     def tick(self, name: str, done: float, text: str) -> None:
         """A decoder block is done in part. Blocks are about alike, so the part is one of the largest seen."""
-        self._progress.update(
-            self._task, completed=self._done + done * self._largest, description=f"{name} {text}", layers=self._layers
-        )
+        self._show(self._done + done * self._largest, f"{name} {text}")
+
+    def _show(self, done: float, text: str) -> None:
+        from roundel.card import size
+
+        held = size(peak_memory())
+        self._progress.update(self._task, completed=done, description=text, layers=self._layers, memory=held)

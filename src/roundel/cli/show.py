@@ -67,7 +67,7 @@ def print_plan(plan: Plan, workers: int, device: str) -> None:
             kept.add_row(escape(pattern), str(count), *map(escape, cells))
         console.print(kept)
     console.print()
-    if plan.recipe.chain.reads_activations:
+    if plan.recipe.reads_activations:
         _print_units(plan, device)
     for note in plan.notes:
         console.print(f"[yellow]note[/] {escape(note)}")
@@ -98,7 +98,7 @@ def _print_units(plan: Plan, device: str) -> None:
     console.print(units)
     console.print(
         f"calibrated on {escape(recipe.dataset)}: {recipe.nsamples} samples of {recipe.seqlen} tokens, "
-        f"{recipe.batch_size} at a time, seed {recipe.seed}"
+        f"{recipe.together} at a time, seed {recipe.seed}"
     )
     weights, activations = plan.unit_memory(device)
     console.print(

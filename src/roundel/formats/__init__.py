@@ -9,14 +9,17 @@ from roundel.formats.autoround import AutoRound
 from roundel.formats.autoround_mlx import AutoRoundMlx
 from roundel.formats.awq import AutoAwq
 from roundel.formats.bnb import Bnb
-from roundel.formats.compressed_tensors import CompressedTensors, Fp8, ModelOpt
-from roundel.formats.format import Contents, Format, Found, WordLayout
+from roundel.formats.compressed_tensors import CompressedTensors
+from roundel.formats.fake import Fake
+from roundel.formats.format import Contents, Format, Found, Model, WordLayout
+from roundel.formats.fp8 import Fp8, ModelOpt
+from roundel.formats.gguf.format import Gguf, gguf_variant
 from roundel.formats.gpt_oss import Mxfp4Blocks
 from roundel.formats.gptq import AutoGptq, GptqV2
 from roundel.formats.hqq import Hqq
 from roundel.formats.mlx import Mlx
 
-__all__ = ["FORMATS", "Contents", "Format", "Found", "WordLayout", "format_named", "reader_of"]
+__all__ = ["FORMATS", "Contents", "Format", "Found", "Model", "WordLayout", "format_named", "reader_of"]
 
 FORMATS: dict[str, Format] = {
     f.name: f
@@ -31,6 +34,8 @@ FORMATS: dict[str, Format] = {
         Bnb(),
         Hqq(),
         Fp8(),
+        Gguf(),
+        Fake(),
         ModelOpt(),
         Mxfp4Blocks(),
     )
@@ -47,7 +52,9 @@ _ALIASES = {
 
 
 def format_named(name: str) -> Format:
-    """A format that is written. Raises RecipeError with the nearest known name."""
+    """A format that is written; "gguf:q4_k_m" is one, too. Raises RecipeError with the nearest known name."""
+    if name.lower().startswith("gguf:"):
+        return gguf_variant(name[5:])
     found = FORMATS.get(_ALIASES.get(name, name))
     writable = [n for n, f in FORMATS.items() if f.writes]
     if found is None:

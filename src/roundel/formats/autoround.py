@@ -2,8 +2,9 @@
 
     auto_round:auto_gptq        all layers symmetric integers: GPTQ words, zero points stored minus one, no g_idx
     auto_round:auto_awq         all layers asymmetric 4-bit integers that AWQ's order can hold
-    auto_round                  any other integers: GPTQ words, zero points stored as they are
-    auto_round:llm_compressor   MXFP4 and MXFP8: the tensors of compressed-tensors
+    auto_round                  any other integers: GPTQ words, zero points stored as they are; or MXINT4
+    auto_round:llm_compressor   MXFP4, MXFP8 and NVFP4: the tensors of compressed-tensors
+    auto_round:fp8_static       FP8_STATIC: FP8 by channel, scales [out], and a scale for the inputs
 The layout is one for the whole file, so it is chosen when all layers are known (`settle`).
 """
 
@@ -15,10 +16,21 @@ from typing import TYPE_CHECKING, ClassVar
 
 from roundel.errors import PlanError, SourceError
 from roundel.formats.autoround_mlx import MLX_PACKING
+from roundel.formats.floats import (
+    find_fp8,
+    find_nvfp4,
+    fp8_outputs,
+    nvfp4_outputs,
+    pack_fp8,
+    pack_nvfp4,
+    refuse_floats,
+    unpack_fp8,
+    unpack_nvfp4,
+)
 from roundel.formats.format import Contents, Format, Found, WordLayout, matching_override
 from roundel.formats.mxfp import find_mx, mx_outputs, pack_mx, refuse_mx, unpack_mx
 from roundel.formats.words import BITS, find_words, pack_words, refuse_words, unpack_words, word_outputs
-from roundel.scheme import Scheme
+from roundel.scheme import PRESETS, Grid, Scheme
 from roundel.tensor import QuantizedTensor, TensorSpec
 from roundel.unit import Layer
 
@@ -36,7 +48,8 @@ LAYOUTS = {
     "auto_round:awq": WordLayout(order="awq"),
     "auto_round": WordLayout(order="gptq"),
 }
-MX_PACKING = "auto_round:llm_compressor"
+FLOAT_PACKING = "auto_round:llm_compressor"
+STATIC_PACKING = "auto_round:fp8_static"
 
 
 @dataclass(frozen=True)
@@ -51,19 +64,25 @@ class AutoRound(Format):
     def refuse(self, layer: Layer) -> str | None:
         if layer.scheme.is_integer:
             return refuse_words(layer, self.name, BITS["gptq"], "gptq")
-        return refuse_mx(layer, self.name)
+        if layer.scheme.input is None or layer.scheme == PRESETS["FP8_BLOCK"]:
+            return f"{self.name} readers do not load {layer.scheme.name}"
+        if layer.scheme.weight.scale == "E8M0":
+            return refuse_mx(layer, self.name, integers=True)
+        if layer.scheme not in (PRESETS["NVFP4"], PRESETS["FP8_STATIC"]):
+            return f"{self.name} has no layout for {layer.scheme.name}"
+        return refuse_floats(layer, self.name)
 
     def settle(self, layers: Sequence[Layer]) -> Format:
-        integers = [layer for layer in layers if layer.scheme.is_integer]
-        if integers and len(integers) < len(layers):
-            other = next(layer for layer in layers if not layer.scheme.is_integer)
+        kinds = {_float_packing(layer.scheme): layer for layer in layers}
+        if len(kinds) > 1:
+            one, other = list(kinds.values())[:2]
             raise PlanError(
-                f"auto_round: {integers[0].name} is {integers[0].scheme.name} and {other.name} is "
-                f"{other.scheme.name}. One file "
-                "holds integers or MX floats, not both. Give all layers schemes of one kind."
+                f"auto_round: {one.name} is {one.scheme.name} and {other.name} is {other.scheme.name}. One file holds "
+                "integers, MXINT4, FP8 or other floats, not several of them. Give all layers schemes of one kind."
             )
-        if layers and not integers:
-            return replace(self, packing=MX_PACKING)
+        packing = next(iter(kinds), None)
+        if packing is not None:
+            return replace(self, packing=packing)
         if all(layer.scheme.weight.symmetric for layer in layers):
             return replace(self, packing="auto_round:auto_gptq")
         asymmetric = all(not layer.scheme.weight.symmetric for layer in layers)
@@ -80,15 +99,31 @@ class AutoRound(Format):
         return LAYOUTS[self.packing]
 
     def outputs(self, layer: Layer) -> tuple[TensorSpec, ...]:
-        return word_outputs(layer, self._layout) if layer.scheme.is_integer else mx_outputs(layer)
+        if layer.scheme.is_integer:
+            return word_outputs(layer, self._layout)
+        if layer.scheme.weight.scale == "E8M0":
+            return mx_outputs(layer)
+        if isinstance(layer.scheme.weight.scale, Grid):
+            return nvfp4_outputs(layer)
+        return tuple(replace(s, shape=s.shape[:1]) if s.name == "weight_scale" else s for s in fp8_outputs(layer))
 
     def pack(self, layer: Layer, weight: QuantizedTensor) -> dict[str, Tensor]:
-        return pack_words(weight, self._layout) if weight.grid.element.is_integer else pack_mx(weight)
+        if weight.grid.element.is_integer:
+            return pack_words(weight, self._layout)
+        if weight.grid.scale == "E8M0":
+            return pack_mx(weight)
+        if isinstance(weight.grid.scale, Grid):
+            return pack_nvfp4(layer, weight)
+        parts = pack_fp8(layer, weight)
+        return parts | {"weight_scale": parts["weight_scale"].flatten()}
 
     def unpack(self, layer: Layer, stored: Mapping[str, Tensor]) -> QuantizedTensor:
-        if (layer.stored.scheme or layer.scheme).is_integer:
+        grid = (layer.stored.scheme or layer.scheme).weight
+        if grid.element.is_integer:
             return unpack_words(layer, stored, self._layout)
-        return unpack_mx(layer, stored)
+        if grid.scale == "E8M0":
+            return unpack_mx(layer, stored)
+        return unpack_nvfp4(layer, stored) if isinstance(grid.scale, Grid) else unpack_fp8(layer, stored)
 
     def config(self, contents: Contents) -> dict[str, object]:
         default = contents.default
@@ -120,19 +155,47 @@ class AutoRound(Format):
         packing = str(quantization.get("packing_format", "auto_round:gptq"))
         if packing == MLX_PACKING:
             return None
-        if packing not in LAYOUTS and packing != MX_PACKING:
-            raise SourceError(
-                f"AutoRound packing {packing!r} is not read. Read are {', '.join((*LAYOUTS, MX_PACKING))}."
-            )
+        known = (*LAYOUTS, FLOAT_PACKING, STATIC_PACKING)
+        if packing not in known:
+            raise SourceError(f"AutoRound packing {packing!r} is not read. Read are {', '.join(known)}.")
         return AutoRound(packing=packing, quantization=quantization)
 
     def find(self, module: str, parts: Mapping[str, TensorSpec]) -> Found | None:
-        if self.packing == MX_PACKING:
+        if self.packing == FLOAT_PACKING:
             activations = str(self.quantization.get("act_data_type", "mx_fp"))
-            return find_mx(module, parts, rceil=activations.endswith("rceil"))
+            return find_mx(module, parts, rceil=activations.endswith("rceil")) or find_nvfp4(module, parts)
+        if _kind(self.quantization) == "mx_int":
+            found = find_mx(module, parts)
+            return found and replace(found, scheme=PRESETS["MXINT4"])
+        if self.packing == STATIC_PACKING:
+            static = PRESETS["FP8_STATIC"]
+            found = find_fp8(module, parts, PRESETS["FP8_BLOCK"].weight.block)
+            return found and replace(found, scheme=replace(static, weight=found.scheme.weight))
         extra = self.quantization.get("extra_config")
         here = {**self.quantization, **matching_override(module, extra if isinstance(extra, Mapping) else {})}
         return find_words(module, parts, self._layout, here, bool(here.get("sym", True)))
+
+
+def _float_packing(scheme: Scheme) -> str | None:
+    """The packing of floats; None for integers, whose packing depends on all of them."""
+    if scheme.is_integer:
+        return None
+    if scheme == PRESETS["MXINT4"]:
+        return "auto_round"
+    return STATIC_PACKING if scheme == PRESETS["FP8_STATIC"] else FLOAT_PACKING
+
+
+def _kind(fields: Mapping[str, object]) -> str:
+    """The data type of a config, without the width that some spell behind it."""
+    return str(fields.get("data_type", "int")).rstrip("0123456789")
+
+
+def _data_type(grid: Grid) -> str:
+    if isinstance(grid.scale, Grid):
+        return "nv_fp"
+    if grid.scale == "E8M0":
+        return "mx_fp" if grid.is_mx else "mx_int"
+    return "int" if grid.element.is_integer else "fp"
 
 
 def _fields(scheme: Scheme) -> dict[str, object]:
@@ -140,8 +203,10 @@ def _fields(scheme: Scheme) -> dict[str, object]:
         "bits": scheme.bits,
         "group_size": scheme.group_size,
         "sym": scheme.weight.symmetric,
-        "data_type": "int" if scheme.is_integer else "mx_fp",
+        "data_type": _data_type(scheme.weight),
     }
+    if found["data_type"] == "fp":
+        found |= {"activation_scheme": "dynamic" if scheme.dynamic else "static", "fmt": "e4m3"}
     return found | _activations(scheme)
 
 
@@ -150,9 +215,12 @@ def _activations(scheme: Scheme, off: bool = False) -> dict[str, object]:
         return {}
     if off:
         return {"act_bits": 16, "act_data_type": "float"}
+    suffix = "_rceil" if scheme.input.exponent == "rceil" else ""
+    if isinstance(scheme.input.scale, Grid):
+        suffix = "4_with_static_gs"
     return {
         "act_bits": scheme.input.element.bits,
-        "act_data_type": "mx_fp_rceil" if scheme.input.exponent == "rceil" else "mx_fp",
+        "act_data_type": _data_type(scheme.input) + suffix,
         "act_dynamic": scheme.dynamic,
         "act_group_size": scheme.input.block[1],
         "act_sym": True,

@@ -82,7 +82,7 @@ class Bnb(Format):
         state |= {"dtype": DTYPES.get(layer.dtype, "float32"), "shape": list(weight.shape)}
         if isinstance(scale, QuantizedTensor):
             assert not isinstance(scale.scale, QuantizedTensor)
-            assert scale.offset is not None
+            assert scale.offset is not None and not isinstance(scale.offset, QuantizedTensor)
             parts["weight.absmax"] = scale.codes.reshape(-1)
             parts["weight.nested_absmax"] = scale.scale.reshape(-1)
             parts["weight.nested_quant_map"] = _table(scale.grid)

@@ -1,29 +1,57 @@
 """llm_compressor: compressed-tensors checkpoints, as vLLM and transformers read them.
 
-Written: `mxfp4-pack-quantized` and `mxfp8-quantized` (and `mixed-precision` of both). Read as well: FP8 by tensor,
-channel and block (`float-quantized`), and NVFP4 (`nvfp4-pack-quantized`).
+    pack-quantized         integers of 2 to 8 bits for weights only, or beside FP8 inputs: `formats.integers`
+    int-quantized          8-bit integers beside integer inputs: `formats.integers`
+    float-quantized        FP8 by tensor, channel or block, with rounded inputs: `formats.floats`
+    naive-quantized        the same without: `formats.floats`
+    nvfp4-pack-quantized   NVFP4: `formats.floats`
+    mxfp4-pack-quantized, mxfp8-quantized   `formats.mxfp`
+    mixed-precision        several of them, each group of layers with its own
+What a layer is follows from its tensors, and from the config where these leave it open.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from roundel.errors import SourceError
-from roundel.formats.floats import decode_fp8, find_fp8, find_nvfp4, unpack_fp8, unpack_nvfp4
-from roundel.formats.format import Contents, Format, Found
+from roundel.formats.compressed_config import group_for, group_of, layout_of, scheme_of
+from roundel.formats.floats import (
+    decode_blocks,
+    find_fp8,
+    find_nvfp4,
+    fp8_outputs,
+    nvfp4_outputs,
+    pack_fp8,
+    pack_nvfp4,
+    refuse_floats,
+    unpack_fp8,
+    unpack_nvfp4,
+)
+from roundel.formats.format import Contents, Format, Found, WordLayout
+from roundel.formats.integers import (
+    find_integers,
+    integer_outputs,
+    is_packed,
+    pack_integers,
+    refuse_integers,
+    unpack_integers,
+)
 from roundel.formats.mxfp import find_mx, mx_outputs, pack_mx, refuse_mx, unpack_mx
-from roundel.scheme import Scheme
+from roundel.scheme import PRESETS, Grid, Scheme
 from roundel.tensor import QuantizedTensor, TensorSpec
 from roundel.unit import Layer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["CompressedTensors", "Fp8", "ModelOpt"]
+__all__ = ["CompressedTensors"]
 
 _READ = (
+    "pack-quantized",
+    "int-quantized",
     "float-quantized",
     "naive-quantized",
     "mxfp4-pack-quantized",
@@ -43,22 +71,40 @@ class CompressedTensors(Format):
     quantization: Mapping[str, object] = field(default_factory=dict)
 
     def refuse(self, layer: Layer) -> str | None:
-        return refuse_mx(layer, self.name)
+        grid = layer.scheme.weight
+        if grid.element.is_integer:
+            return refuse_integers(layer, self.name)
+        return refuse_mx(layer, self.name) if grid.scale == "E8M0" else refuse_floats(layer, self.name)
 
     def outputs(self, layer: Layer) -> tuple[TensorSpec, ...]:
-        return mx_outputs(layer)
+        grid = layer.scheme.weight
+        if grid.element.is_integer:
+            return integer_outputs(layer)
+        if isinstance(grid.scale, Grid):
+            return nvfp4_outputs(layer)
+        return mx_outputs(layer) if grid.is_mx else fp8_outputs(layer)
 
     def pack(self, layer: Layer, weight: QuantizedTensor) -> dict[str, Tensor]:
-        return pack_mx(weight)
+        grid = layer.scheme.weight
+        if grid.element.is_integer:
+            return pack_integers(layer, weight)
+        if isinstance(grid.scale, Grid):
+            return pack_nvfp4(layer, weight)
+        return pack_mx(weight) if grid.is_mx else pack_fp8(layer, weight)
 
     def unpack(self, layer: Layer, stored: Mapping[str, Tensor]) -> QuantizedTensor:
-        scheme = layer.stored.scheme or layer.scheme
-        if scheme.weight.scale == "E8M0" and scheme.weight.block == (1, 32):
-            return unpack_mx(layer, stored)
-        return unpack_nvfp4(layer, stored) if scheme.bits == 4 else unpack_fp8(layer, stored)
+        grid = (layer.stored.scheme or layer.scheme).weight
+        if grid.element.is_integer:
+            return unpack_integers(layer, stored)
+        if isinstance(grid.scale, Grid):
+            return unpack_nvfp4(layer, stored)
+        return unpack_mx(layer, stored) if grid.is_mx and grid.block == (1, 32) else unpack_fp8(layer, stored)
+
+    def words(self, layer: Layer) -> WordLayout | None:
+        return WordLayout(order="rows") if layer.scheme.is_integer and is_packed(layer.scheme) else None
 
     def decode(self, weight: QuantizedTensor) -> Tensor:
-        return _decode_blocks(weight)
+        return decode_blocks(weight)
 
     def config(self, contents: Contents) -> dict[str, object]:
         default = contents.default
@@ -66,14 +112,15 @@ class CompressedTensors(Format):
         for layer in contents.layers:
             if layer.scheme != default:
                 others.setdefault(layer.scheme, []).append(layer.name)
-        groups = [_group(scheme, names, bool(others)) for scheme, names in others.items()]
-        groups.append(_group(default, ["Linear"], bool(others)))
+        groups = [group_of(scheme, names) for scheme, names in others.items()]
+        groups.append(group_of(default, ["Linear"]))
         rounded = {layer.name for layer in contents.layers}
         modules = dict.fromkeys((*contents.kept, contents.head))  # a tied head is a module too, without tensors
         ignore = [module for module in modules if module not in rounded]
+        layouts = {layout_of(scheme) for scheme in (default, *others)}
         return {
             "config_groups": {f"group_{i}": g for i, g in enumerate(groups)},
-            "format": "mixed-precision" if others else _format_of(default),
+            "format": "mixed-precision" if len(layouts) > 1 else layout_of(default),
             "global_compression_ratio": None,
             "ignore": ignore,
             "kv_cache_scheme": None,
@@ -91,89 +138,24 @@ class CompressedTensors(Format):
         return CompressedTensors(quantization=quantization)
 
     def find(self, module: str, parts: Mapping[str, TensorSpec]) -> Found | None:
-        found = find_mx(module, parts) or find_fp8(module, parts, self._block())
-        if found is None and "weight_packed" in parts:
-            if parts["weight_packed"].dtype == "I32":
-                raise SourceError(f"{module} is pack-quantized, which is not read. Quantize from the original model.")
-            found = find_nvfp4(module, parts)
-        return found
-
-    def _block(self) -> tuple[int, int]:
-        groups = self.quantization.get("config_groups")
-        for group in groups.values() if isinstance(groups, Mapping) else ():
-            weights = group.get("weights") if isinstance(group, Mapping) else None
-            block = weights.get("block_structure") if isinstance(weights, Mapping) else None
-            if isinstance(block, list) and len(block) == 2:
-                return int(block[0]), int(block[1])
-        return 128, 128
-
-
-@dataclass(frozen=True)
-class Fp8(Format):
-    """FP8 with one scale for each block, as DeepSeek ships it, or one for each tensor. Only read."""
-
-    name: ClassVar[str] = "fp8"
-    summary: ClassVar[str] = "FP8 with block scales (DeepSeek), read only"
-    writes: ClassVar[bool] = False
-    quantization: Mapping[str, object] = field(default_factory=dict)
-
-    def unpack(self, layer: Layer, stored: Mapping[str, Tensor]) -> QuantizedTensor:
-        return unpack_fp8(layer, stored)
-
-    def decode(self, weight: QuantizedTensor) -> Tensor:
-        return _decode_blocks(weight)
-
-    def recognize(self, quantization: Mapping[str, object]) -> Format | None:
-        return Fp8(quantization=quantization) if quantization.get("quant_method") == "fp8" else None
-
-    def find(self, module: str, parts: Mapping[str, TensorSpec]) -> Found | None:
-        block = self.quantization.get("weight_block_size")
-        rows, columns = block if isinstance(block, list) and len(block) == 2 else (128, 128)
-        return find_fp8(module, parts, (int(rows), int(columns)))
-
-
-@dataclass(frozen=True)
-class ModelOpt(Format):
-    """NVFP4 and FP8 as NVIDIA's Model Optimizer writes them. Only read."""
-
-    name: ClassVar[str] = "modelopt"
-    summary: ClassVar[str] = "NVFP4 and FP8 of NVIDIA Model Optimizer, read only"
-    writes: ClassVar[bool] = False
-
-    def unpack(self, layer: Layer, stored: Mapping[str, Tensor]) -> QuantizedTensor:
-        assert layer.stored.scheme is not None
-        return unpack_nvfp4(layer, stored) if layer.stored.scheme.bits == 4 else unpack_fp8(layer, stored)
-
-    def recognize(self, quantization: Mapping[str, object]) -> Format | None:
-        return self if quantization.get("quant_method") == "modelopt" else None
-
-    def find(self, module: str, parts: Mapping[str, TensorSpec]) -> Found | None:
-        return find_nvfp4(module, parts) or find_fp8(module, parts, (128, 128))
-
-
-def _decode_blocks(weight: QuantizedTensor) -> Tensor:
-    """Block-scaled FP8 decodes in bfloat16, as its readers do; every other grid exactly."""
-    return decode_fp8(weight) if weight.grid.element.name == "e4m3" and weight.grid.block[0] > 1 else weight.decode()
-
-
-def _format_of(scheme: Scheme) -> str:
-    return "mxfp4-pack-quantized" if scheme.bits == 4 else "mxfp8-quantized"
-
-
-def _group(scheme: Scheme, targets: Sequence[str], named: bool) -> dict[str, object]:
-    weights: dict[str, object] = {
-        "dynamic": False,
-        "group_size": 32,
-        "num_bits": scheme.bits,
-        "scale_dtype": "torch.uint8",
-        "strategy": "group",
-        "symmetric": True,
-        "type": "float",
-    }
-    return {
-        "format": _format_of(scheme) if named else None,
-        "input_activations": weights | {"dynamic": True},
-        "output_activations": None,
-        "targets": list(targets),
-        "weights": weights,
-    }
+        group = group_for(module, self.quantization.get("config_groups"))
+        declared = scheme_of(group) if group is not None else None
+        if declared is not None and declared.is_integer:
+            found = find_integers(module, parts, declared)
+            if found is not None:
+                return found
+        weight = parts.get("weight_packed", parts.get("weight"))
+        if weight is not None and weight.dtype in ("I32", "I8"):
+            raise SourceError(
+                f"{module} is stored as {weight.dtype}, and config.json has no group of integers for it. Fetch "
+                "config.json again, with its quantization_config."
+            )
+        blocked = declared is not None and declared.weight.block[0] > 1
+        block = declared.weight.block if declared is not None and blocked else PRESETS["FP8_BLOCK"].weight.block
+        found = find_mx(module, parts) or find_fp8(module, parts, block, blocked) or find_nvfp4(module, parts)
+        if found is None or declared is None:
+            return found
+        inputs = replace(found.scheme, input=declared.input, dynamic=declared.dynamic)
+        named = next((preset for preset in PRESETS.values() if preset == inputs), inputs)
+        used = tuple(p for p in found.parts if named.stores_input_scale or not p.startswith("input_"))
+        return replace(found, scheme=named, parts=used)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from roundel.errors import GridError
+from roundel.io.safetensors import ShardLayout, Stacks, lay_out
 from roundel.scheme import Scheme
 from roundel.tensor import QuantizedTensor, TensorSpec
 from roundel.unit import Layer
@@ -17,7 +19,7 @@ from roundel.unit import Layer
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Contents", "Found", "Format", "WordLayout", "matching_override"]
+__all__ = ["Contents", "Format", "Found", "Model", "WordLayout", "matching_override"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,24 @@ class Contents:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Model:
+    """What a format that writes more than tensors is told of the model.
+
+    config       config.json of the source
+    folder       where its small files lie (tokenizer, generation config ...)
+    name         as people call it
+    matrices     shapes of all matrices by module name, rounded or not
+    importance   whether inputs are counted when types are rounded to
+    """
+
+    config: Mapping[str, object]
+    folder: Path
+    name: str
+    matrices: Mapping[str, tuple[int, int]]
+    importance: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Found:
     """A layer recognized among stored tensors: its shape, its grid, which parts belong to it, and whether the columns
     of a group may lie anywhere (a group index is among the parts)."""
@@ -53,9 +73,10 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True)
 class WordLayout:
-    """How integer codes lie in 32-bit words, for formats that share GPTQ's three tensors.
+    """How integer codes lie in 32-bit words: in GPTQ's three tensors, or in those of compressed-tensors.
 
-    order         "gptq": words along in; "awq": eight columns of out a word, interleaved
+    order         "gptq": words along in, [words, out]; "awq": eight columns of out a word, interleaved; "rows": words
+                  along in, [out, words], under compressed-tensors' names
     zero_offset   what is subtracted from a zero point before it is stored: 1 for GPTQ v1, else 0
     group_index   whether `g_idx` is written
     """
@@ -71,6 +92,16 @@ class Format(Protocol):
     name: ClassVar[str]
     summary: ClassVar[str]
     writes: ClassVar[bool] = True
+    copies: ClassVar[bool] = True  # whether tensors that stay are stored as they are
+
+    def for_model(self, model: Model) -> Format:
+        """The format for this model. Raises PlanError where it has no place for it."""
+        return self
+
+    def schemes(self) -> Mapping[str, Scheme | None] | None:
+        """The schemes by module name, of a format that decides on them itself; None in it: the matrix stays."""
+        return None
+
     compound: ClassVar[tuple[str, ...]] = ()  # part names that have a dot in them: "weight.absmax"
 
     def refuse(self, layer: Layer) -> str | None:
@@ -93,13 +124,33 @@ class Format(Protocol):
         """Part name -> tensor. The format's conventions (order of bits, stored zero - 1) live here."""
         raise GridError(f"{self.name} is only read")
 
+    def kept(self, spec: TensorSpec) -> TensorSpec | None:
+        """How a tensor that stays is stored, under the same name; None where it is left out."""
+        return spec
+
+    def keep(self, name: str, tensor: Tensor) -> Tensor:
+        """The values of a tensor that stays, as they are stored; `kept` says of which dtype."""
+        return tensor
+
+    def extras(self) -> Mapping[str, Tensor]:
+        """Tensors that are stored and no part of the source."""
+        return {}
+
+    def lay_out(
+        self, specs: Sequence[TensorSpec], layers: Sequence[Layer], shard_bytes: int, stacks: Stacks
+    ) -> tuple[ShardLayout, ...]:
+        """The files, each laid out. Places go by the names of `specs`, whatever the file calls them."""
+        return lay_out(specs, shard_bytes, stacks=stacks)
+
     def unpack(self, layer: Layer, stored: Mapping[str, Tensor]) -> QuantizedTensor:
         """Inverse of `pack`, bit for bit. `layer.stored.scheme` says on which grid."""
         ...
 
     def decode(self, weight: QuantizedTensor) -> Tensor:
         """The float weights that readers of this format compute, [out, in]."""
-        return weight.decode()
+        from roundel.ops.decode import decode
+
+        return decode(weight)
 
     def config(self, contents: Contents) -> dict[str, object]:
         """The `quantization_config` a loader must find in config.json."""
@@ -107,7 +158,7 @@ class Format(Protocol):
 
     def settings(self, source: Mapping[str, object], quantization: Mapping[str, object]) -> dict[str, object]:
         """What config.json holds: the source's config, which has no quantization, and what `config` returned."""
-        return {**source, "quantization_config": quantization}
+        return {**source, "quantization_config": quantization} if quantization else dict(source)
 
     def caveats(self, contents: Contents) -> tuple[str, ...]:
         """What a reader of this format is known not to load, or to load wrong without a word. Notes of the plan."""

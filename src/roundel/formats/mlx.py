@@ -180,7 +180,7 @@ def unpack_mlx(layer: Layer, stored: Mapping[str, Tensor]) -> QuantizedTensor:
         codes = unpack_nibbles(octets) if bits == 4 else octets.view(torch.float8_e4m3fn)
         return QuantizedTensor(grid=grid, codes=codes, scale=scale.view(torch_dtype(_SMALL[str(grid.scale)])))
     codes, biases = unpack_rows(stored["weight"].view(torch.int32), bits), stored["biases"]
-    if grid.zero == "offset":
+    if grid.offset is not None:
         return QuantizedTensor(grid=grid, codes=codes, scale=scale, offset=biases)
     if grid.symmetric:
         signed = (codes.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
@@ -200,7 +200,7 @@ def decode_mlx(weight: QuantizedTensor) -> Tensor:
     """scale * code + bias in float32, with the bias as it is stored."""
     if weight.zero is None:
         return weight.decode()
-    grid = replace(weight.grid, zero="offset")
+    grid = replace(weight.grid, offset=weight.grid.scale)
     return QuantizedTensor(grid=grid, codes=weight.codes, scale=weight.scale, offset=_biases(weight)).decode()
 
 
@@ -287,8 +287,8 @@ def _mode(grid: Grid) -> str | None:
 
 def _scheme(bits: int, group: int, dtype: str, symmetric: bool | None) -> Scheme:
     element = ELEMENTS[f"{'int' if symmetric else 'uint'}{bits}"]
-    zero = "offset" if symmetric is None else "code"
-    grid = Grid(element=element, block=(1, group), symmetric=bool(symmetric), scale=dtype, zero=zero)  # type: ignore[arg-type]
+    offset = dtype if symmetric is None else None
+    grid = Grid(element=element, block=(1, group), symmetric=bool(symmetric), scale=dtype, offset=offset)
     name = f"W{bits}A16" + ("" if group == 128 else f"G{group}") + ("" if symmetric else "_ASYM")
     return Scheme(name=name + ("_OFFSET" if symmetric is None else ""), weight=grid)
 
@@ -298,7 +298,7 @@ def _biases(weight: QuantizedTensor) -> Tensor:
     import torch
 
     assert isinstance(weight.scale, torch.Tensor)
-    if weight.offset is not None:
+    if isinstance(weight.offset, torch.Tensor):
         return weight.offset.to(weight.scale.dtype)
     zero = float(1 << (weight.grid.element.bits - 1)) if weight.zero is None else weight.zero.float()
     return (0.0 - weight.scale.float() * zero).to(weight.scale.dtype)

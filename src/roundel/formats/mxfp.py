@@ -1,7 +1,8 @@
-"""The tensors of MXFP4 and MXFP8 layers, as compressed-tensors and AutoRound lay them out.
+"""The tensors of MXFP4, MXFP8 and MXINT4 layers, as compressed-tensors and AutoRound lay them out.
 
-    MXFP4  weight_packed uint8 [out, in / 2], the even column in the low nibble; weight_scale uint8 [out, in / 32]
-    (E8M0) MXFP8  weight float8_e4m3fn [out, in]; weight_scale uint8 [out, in / 32]
+    MXFP4, MXINT4   weight_packed uint8 [out, in / 2], the even column in the low nibble
+    MXFP8           weight float8_e4m3fn [out, in]
+    all             weight_scale uint8 [out, in / 32] (E8M0)
 Source: OCP Microscaling Formats specification 1.0; compressed-tensors' mxfp4-pack-quantized and mxfp8-quantized.
 """
 
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 __all__ = ["find_mx", "mx_outputs", "pack_mx", "pack_nibbles", "refuse_mx", "unpack_mx", "unpack_nibbles"]
 
 
-def refuse_mx(layer: Layer, name: str) -> str | None:
-    """Why these tensors cannot hold a layer, or None."""
+def refuse_mx(layer: Layer, name: str, integers: bool = False) -> str | None:
+    """Why these tensors cannot hold a layer, or None. integers: whether MXINT4 is among what they hold."""
     scheme = layer.scheme
-    if scheme.is_integer or scheme.weight.scale != "E8M0":
-        return f"{name} stores MXFP4 and MXFP8, {scheme.name} is neither"
+    if not (scheme.weight.is_mx or (integers and scheme.weight == PRESETS["MXINT4"].weight)):
+        return f"{name} has no layout for {scheme.name}"
     if layer.permuted:
         return f"{name} cannot store which group each column belongs to"
     if layer.shape[1] % 32:
@@ -49,7 +50,7 @@ def pack_mx(weight: QuantizedTensor) -> dict[str, Tensor]:
 
     assert not isinstance(weight.scale, QuantizedTensor), "MX scales are powers of two"
     scale = weight.scale.view(torch.uint8)
-    if weight.grid.element.name == "e2m1":
+    if weight.grid.element.bits == 4:
         return {"weight_packed": pack_nibbles(weight.codes), "weight_scale": scale}
     return {"weight": weight.codes, "weight_scale": scale}
 
@@ -59,7 +60,7 @@ def unpack_mx(layer: Layer, stored: Mapping[str, Tensor]) -> QuantizedTensor:
     import torch
 
     grid = (layer.stored.scheme or layer.scheme).weight
-    codes = unpack_nibbles(stored["weight_packed"]) if grid.element.name == "e2m1" else stored["weight"]
+    codes = unpack_nibbles(stored["weight_packed"]) if grid.element.bits == 4 else stored["weight"]
     return QuantizedTensor(grid=grid, codes=codes, scale=stored["weight_scale"].view(torch.float8_e8m0fnu))
 
 

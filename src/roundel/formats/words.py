@@ -23,7 +23,15 @@ from roundel.unit import Layer
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["find_words", "pack_words", "refuse_words", "unpack_words", "word_outputs"]
+__all__ = [
+    "find_words",
+    "pack_columns",
+    "pack_words",
+    "refuse_words",
+    "stored_index",
+    "unpack_words",
+    "word_outputs",
+]
 
 BITS = {"gptq": (2, 3, 4, 5, 6, 7, 8), "awq": (4,)}
 
@@ -90,7 +98,7 @@ def pack_words(weight: QuantizedTensor, layout: WordLayout) -> dict[str, Tensor]
         parts = {"qweight": pack_awq(codes.T.contiguous()), "qzeros": pack_awq(zeros)}
     else:
         parts = {
-            "qweight": _pack_columns(codes, bits),
+            "qweight": pack_columns(codes, bits),
             "qzeros": pack_stream(zeros, bits),
         }
     parts["scales"] = scales
@@ -116,7 +124,7 @@ def unpack_words(layer: Layer, stored: Mapping[str, Tensor], layout: WordLayout)
     zeros = ((zeros.to(torch.int16) + layout.zero_offset) & ((1 << bits) - 1)).to(torch.uint8).contiguous()
     scale = stored["scales"].T.contiguous()
     columns = scheme.weight.block_of(layer.shape)[1]
-    index = _stored_index(layer, stored["g_idx"], scale.shape[1], columns) if "g_idx" in stored else None
+    index = stored_index(layer, stored["g_idx"], scale.shape[1], columns) if "g_idx" in stored else None
     if not scheme.weight.symmetric:
         return QuantizedTensor(grid=scheme.weight, codes=codes, scale=scale, zero=zeros, group_index=index)
     middle = 1 << (bits - 1)
@@ -186,7 +194,8 @@ def _bits(declared: object, out: int, words: int) -> int:
     return declared if isinstance(declared, int) and declared in fitting else fitting[0] if len(fitting) == 1 else 1
 
 
-def _pack_columns(codes: Tensor, bits: int) -> Tensor:
+def pack_columns(codes: Tensor, bits: int) -> Tensor:
+    """[out, in] codes -> [ceil(in * bits / 32), out] int32 words, each row's stream a column."""
     import torch
 
     from roundel.ops import use_kernels
@@ -195,10 +204,10 @@ def _pack_columns(codes: Tensor, bits: int) -> Tensor:
     if use_kernels() and codes.device.type == "cpu" and codes.shape[1] % 32 == 0:
         import numpy as np
 
-        from roundel.ops.numba.packing import pack_columns
+        from roundel.ops.numba import packing
 
         words = np.empty((codes.shape[1] * bits // 32, codes.shape[0]), np.uint32)
-        pack_columns(codes.contiguous().numpy().view(np.uint64), bits, words, 0)
+        packing.pack_columns(codes.contiguous().numpy().view(np.uint64), bits, words, 0)
         return torch.from_numpy(words.view(np.int32))
     return pack_stream(codes, bits).T.contiguous()
 
@@ -209,7 +218,7 @@ def _group_index(width: int, columns: int) -> Tensor:
     return (torch.arange(width) // columns).to(torch.int32)
 
 
-def _stored_index(layer: Layer, index: Tensor, groups: int, columns: int) -> Tensor | None:
+def stored_index(layer: Layer, index: Tensor, groups: int, columns: int) -> Tensor | None:
     """A stored g_idx; None where columns of a group lie side by side."""
     import torch
 

@@ -144,19 +144,21 @@ def _broken(file_name: str, why: str) -> SourceError:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """One output file before it exists: its name, its header's bytes, and the place of every tensor.
+    """One output file before it exists: its name, its header's bytes, the place of every tensor.
 
+    tail      how many zeros follow the last tensor
     members   the places of tensors that are written by themselves and lie, in the file, as parts of a stacked one
     """
 
     name: str
     header: bytes
     places: Mapping[str, Place]
+    tail: int = 0
     members: Mapping[str, Place] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        return max((p.end for p in self.places.values()), default=len(self.header))
+        return max((p.end for p in self.places.values()), default=len(self.header)) + self.tail
 
 
 Stacks = Mapping[str, tuple[str, int]]  # a tensor's name -> the stacked tensor it is a part of, and its index there

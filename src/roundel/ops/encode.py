@@ -5,23 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from roundel.ops.fit import fit_asymmetric, fit_power_of_two, fit_symmetric, grouped
-from roundel.ops.minifloat import decode_e8m0, round_e2m1, round_e4m3
+from roundel.ops.fit import blocked, fit_asymmetric, fit_largest, fit_power_of_two, fit_symmetric, grouped
+from roundel.ops.minifloat import decode_e8m0, round_e0m3, round_e2m1, round_e4m3
 from roundel.ops.table import TABLES, fit_table, round_table
-from roundel.scheme import Grid
+from roundel.scheme import BLOCK_NAMES, Grid
 from roundel.tensor import QuantizedTensor, plain
 
-__all__ = ["encode", "encode_reference", "encode_scaled"]
+__all__ = ["encode", "encode_blocks", "encode_reference", "encode_scaled"]
+
+ROUND = {"e0m3": round_e0m3, "e2m1": round_e2m1, "e4m3": round_e4m3}
 
 
 def encode(weight: Tensor, grid: Grid) -> QuantizedTensor:
     """Round a matrix to a grid, with scales fitted to each block's range.
 
     weight   [out, in], any float dtype, finite; rounded as float32
-    grid     integers, e2m1 / e4m3 with power-of-two scales, e2m1 with e4m3 scales and one float for the matrix
-             (NVFP4), or bitsandbytes' tables; blocks are (1, n) or (1, 0)
+    grid     integers; e2m1, e4m3 or e0m3 with power-of-two scales; e2m1 with e4m3 scales and one float for the matrix
+             (NVFP4); e4m3 with float scales (FP8); ggml's block types; bitsandbytes' tables. Blocks are (1, n) or
+             (1, 0), of FP8 any
     """
     from roundel.ops import use_kernels
+
+    if grid.rule == "ggml":
+        return encode_blocks(weight, grid)
 
     if use_kernels() and weight.device.type == "cpu" and weight.dtype != torch.float64:
         from roundel.ops.numba.tensors import encode_tensor
@@ -32,13 +38,24 @@ def encode(weight: Tensor, grid: Grid) -> QuantizedTensor:
     return encode_reference(weight, grid)
 
 
+def encode_blocks(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> QuantizedTensor:
+    """`encode` to one of ggml's block types, as ggml rounds with and without importances [in] (`ops.blocks`)."""
+    from roundel.ops.blocks import as_tensor, round_blocks
+
+    name = BLOCK_NAMES[grid]
+    return as_tensor(round_blocks(weight, name, importance), name)
+
+
 def encode_reference(weight: Tensor, grid: Grid) -> QuantizedTensor:
     """`encode` in plain torch, on any device."""
     out, width = weight.shape
-    columns = grid.block_of((out, width))[1]
-    groups = grouped(weight.float(), columns)
+    rows, columns = grid.block_of((out, width))
     if grid.element.name in TABLES:
-        return encode_scaled(weight, grid, fit_table(groups, grid.scale))
+        return encode_scaled(weight, grid, fit_table(grouped(weight.float(), columns), grid.scale))
+    if not grid.element.is_integer and isinstance(grid.scale, str) and grid.scale != "E8M0":
+        return encode_scaled(weight, grid, fit_largest(blocked(weight.float(), (rows, columns)), grid))
+    assert rows == 1, "only FP8 has blocks of several rows"
+    groups = grouped(weight.float(), columns)
     if isinstance(grid.scale, Grid):
         return encode_scaled(weight, grid, _fit_nvfp(groups, grid.scale))
     if grid.scale == "E8M0":
@@ -54,7 +71,12 @@ def encode_scaled(
     """Round a matrix with scales and zero points that are given as they are stored; a block of scale 0, where
     that can be, becomes 0."""
     out, width = weight.shape
-    groups = grouped(weight.float(), grid.block_of((out, width))[1])
+    rows, columns = grid.block_of((out, width))
+    if rows > 1:
+        assert not isinstance(scale, QuantizedTensor), "blocks of rows have float scales"
+        steps = scale.float().repeat_interleave(rows, 0)[:out].repeat_interleave(columns, 1)[:, :width]
+        return QuantizedTensor(grid=grid, codes=ROUND[grid.element.name](weight.float() / steps), scale=scale)
+    groups = grouped(weight.float(), columns)
     if grid.element.name in TABLES or isinstance(scale, QuantizedTensor):
         steps = plain(scale)
         scaled = groups * torch.where(steps == 0, 0.0, 1 / steps)[..., None]
@@ -69,7 +91,7 @@ def encode_scaled(
     elif grid.element.name in TABLES:
         codes = round_table(scaled, grid.element)
     else:
-        codes = round_e2m1(scaled) if grid.element.name == "e2m1" else round_e4m3(scaled)
+        codes = ROUND[grid.element.name](scaled)
     return QuantizedTensor(grid=grid, codes=codes.flatten(1)[:, :width].contiguous(), scale=scale, zero=zero)
 
 

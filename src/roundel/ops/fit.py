@@ -2,7 +2,7 @@
 
 Sources: the symmetric and asymmetric integer rules are auto-round's plain rounding in float32 (its model-free mode);
 powers of two follow the OCP Microscaling Formats specification 1.0, section 6.3. What is fitted here knows nothing of
-codes; `encode` rounds to them.
+codes; `encode` rounds to them. FP8's rule is the one that llm-compressor and auto-round share.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from roundel.scheme import Grid
+from roundel.tensor import torch_dtype
 
-__all__ = ["SMALLEST_SCALE", "fit_asymmetric", "fit_power_of_two", "fit_symmetric", "grouped"]
+__all__ = ["SMALLEST_SCALE", "blocked", "fit_asymmetric", "fit_largest", "fit_power_of_two", "fit_symmetric", "grouped"]
 
 SMALLEST_SCALE = 1e-5  # auto-round's q_scale_thresh; in float16 this is 1.00136e-5
 
@@ -24,6 +25,26 @@ def grouped(weight: Tensor, columns: int) -> Tensor:
     groups = -(-width // columns)
     padded = functional.pad(weight, (0, groups * columns - width))
     return padded.view(out, groups, columns)
+
+
+def blocked(weight: Tensor, block: tuple[int, int]) -> Tensor:
+    """[out, in] -> [out / rows, in / columns, rows * columns], blocks cut short by the matrix filled with zeros."""
+    rows, columns = block
+    out, width = weight.shape
+    down, across = -(-out // rows), -(-width // columns)
+    padded = functional.pad(weight, (0, across * columns - width, 0, down * rows - out))
+    return padded.view(down, rows, across, columns).transpose(1, 2).flatten(2)
+
+
+def fit_largest(groups: Tensor, grid: Grid) -> Tensor:
+    """Scales of floats: the weight of largest magnitude becomes the element's largest value.
+
+    groups   [..., n] float32
+    returns  [...] in the grid's dtype of scales, max|w| / hi, at least 1 / (512 * hi) as auto-round has it
+    """
+    smallest = 1.0 / (512.0 * grid.element.hi)
+    assert isinstance(grid.scale, str), "a scale that is quantized itself is fitted with its grid"
+    return (groups.abs().amax(-1) / grid.element.hi).clamp(min=smallest).to(torch_dtype(grid.scale))
 
 
 def fit_symmetric(groups: Tensor, bits: int) -> Tensor:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from roundel.ops.decode import decode
 from roundel.ops.encode import encode_reference
 from roundel.ops.fit import SMALLEST_SCALE, grouped
 from roundel.ops.search import Searched
@@ -94,7 +95,7 @@ def solve_reference(weight: Tensor, grid: Grid, how: Splitting) -> Searched:
 
 def norm_error(weight: Tensor, quantized: QuantizedTensor, norm: float) -> float:
     """sum |weight - decoded|^norm in float64, a slab of rows at a time."""
-    decoded, total = quantized.decode(), 0.0
+    decoded, total = decode(quantized), 0.0
     rows = max(1, CHUNK // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], rows):
         lost = weight[start : start + rows].double() - decoded[start : start + rows].double()

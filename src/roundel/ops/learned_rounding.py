@@ -21,7 +21,7 @@ Two ways to step along a gradient: by its sign, as the paper has it, or divided 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ LARGEST_SCALE = 65504.0  # of float16
 # Adam's betas. A first moment of long memory slows what it should steady: see docs/algorithms.md.
 FIRST, SECOND = 0.5, 0.99
 LEAST_SQUARE = 1e-36  # below, float32 has no digits left
+SLAB = 1 << 21  # weights whose codes are computed at a time
 SMALLEST_FACTOR, LARGEST_FACTOR = 2.0**-24, 2.0  # the smallest is divided by; 0 is allowed
 
 
@@ -64,7 +65,7 @@ SMALLEST_FACTOR, LARGEST_FACTOR = 2.0**-24, 2.0  # the smallest is divided by; 0
 class Learned:
     """A matrix whose rounding is being learned; shift and factors are changed in place.
 
-    weight   [out, in] float32
+    weight   [out, in] float32, or the 16 bits it is stored in
     grid     integers, e2m1 or e4m3, in blocks of (1, n) or (1, 0)
     shift    [out, in], in steps of the scale; 0 at the start
     low      [out, blocks] factor of the lower end of the range; None on symmetric grids, whose range has one end
@@ -125,7 +126,7 @@ class Memory:
 def begin(weight: Tensor, start: QuantizedTensor) -> Learned:
     """The matrix [out, in] with shifts of 0, on the scales of `start`: it rounds to nearest on them.
 
-    weight   float32, contiguous
+    weight   float32, bfloat16 or float16
     """
     grid, scale = start.grid, plain(start.scale)
     ones = torch.ones_like(scale)
@@ -133,7 +134,7 @@ def begin(weight: Tensor, start: QuantizedTensor) -> Learned:
     lower: Tensor | None = None
     if grid.scale == "E8M0":
         # The weights' largest magnitude, moved to where it would give the exponent that the start has.
-        blocks = grouped(weight, grid.block_of(start.shape)[1])
+        blocks = grouped(weight.float(), grid.block_of(start.shape)[1])
         upper = blocks.abs().amax(-1) * (scale / decode_e8m0(fit_power_of_two(blocks, grid)))
     elif start.zero is None:
         upper = scale
@@ -141,7 +142,13 @@ def begin(weight: Tensor, start: QuantizedTensor) -> Learned:
         zero = start.zero.float()
         low, lower, upper = ones.clone(), -zero * scale, (grid.element.hi - zero) * scale
     return Learned(
-        weight=weight, grid=grid, shift=torch.zeros_like(weight), low=low, high=ones, lower=lower, upper=upper
+        weight=weight,
+        grid=grid,
+        shift=torch.zeros_like(weight, dtype=torch.float32),
+        low=low,
+        high=ones,
+        lower=lower,
+        upper=upper,
     )
 
 
@@ -167,7 +174,7 @@ def round_matrix(learned: Learned, found: Range, out: Tensor | None = None) -> T
     if use_kernels() and learned.weight.device.type == "cpu":
         from roundel.ops.numba.learned_rounding import round_kernel
 
-        return round_kernel(learned, found, torch.empty_like(learned.weight) if out is None else out)
+        return round_kernel(learned, found, torch.empty_like(learned.shift) if out is None else out)
     rounded = round_matrix_reference(learned, found)
     return rounded if out is None else out.copy_(rounded)
 
@@ -264,20 +271,40 @@ def clamp_factors(learned: Learned) -> None:
 
 
 def finish(learned: Learned) -> QuantizedTensor:
-    """The codes, scales and zero points that the present shifts and factors come to."""
+    """The codes, scales and zero points that the present shifts and factors come to; a slab of rows at a time."""
     grid, found = learned.grid, fit_range(learned)
-    steps = _steps(learned, found)
+    out, width = learned.weight.shape
+    rows = max(1, SLAB // width)
+    parts = (slice(start, start + rows) for start in range(0, out, rows))
+    codes = torch.cat([_codes(_rows(learned, part), _range_rows(found, part)) for part in parts])
     if grid.scale == "E8M0":
-        codes = round_e2m1(steps) if grid.element.name == "e2m1" else round_e4m3(steps)
         exponents = (torch.frexp(found.scale).exponent - 1 + 127).to(torch.uint8)
-        return QuantizedTensor(grid=grid, codes=_flat(codes, learned), scale=exponents.view(torch.float8_e8m0fnu))
-    codes = _nearest(steps, grid, found) + found.zero[..., None]
+        return QuantizedTensor(grid=grid, codes=codes, scale=exponents.view(torch.float8_e8m0fnu))
     return QuantizedTensor(
         grid=grid,
-        codes=_flat(codes.to(torch.int8 if grid.symmetric else torch.uint8), learned),
+        codes=codes,
         scale=found.scale.half(),
         zero=None if grid.symmetric else found.zero.to(torch.uint8),
     )
+
+
+def _codes(learned: Learned, found: Range) -> Tensor:
+    grid, steps = learned.grid, _steps(learned, found)
+    if grid.scale == "E8M0":
+        return _flat(round_e2m1(steps) if grid.element.name == "e2m1" else round_e4m3(steps), learned)
+    codes = _nearest(steps, grid, found) + found.zero[..., None]
+    return _flat(codes.to(torch.int8 if grid.symmetric else torch.uint8), learned)
+
+
+def _rows(learned: Learned, part: slice) -> Learned:
+    """Some rows; what is learned of them is shared."""
+    low, lower = (None if each is None else each[part] for each in (learned.low, learned.lower))
+    weight, shift, high, upper = (each[part] for each in (learned.weight, learned.shift, learned.high, learned.upper))
+    return replace(learned, weight=weight, shift=shift, low=low, high=high, lower=lower, upper=upper)
+
+
+def _range_rows(found: Range, part: slice) -> Range:
+    return Range(scale=found.scale[part], zero=found.zero[part])
 
 
 def _by_factors(learned: Learned, found: Range, by_scale: Tensor, clamped: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -295,7 +322,9 @@ def _by_factors(learned: Learned, found: Range, by_scale: Tensor, clamped: Tenso
 
 def _steps(learned: Learned, found: Range) -> Tensor:
     """weight / scale + shift in blocks [out, blocks, columns]."""
-    return grouped(learned.weight, learned.columns) / found.scale[..., None] + grouped(learned.shift, learned.columns)
+    return grouped(learned.weight.float(), learned.columns) / found.scale[..., None] + grouped(
+        learned.shift, learned.columns
+    )
 
 
 def _nearest(steps: Tensor, grid: Grid, found: Range) -> Tensor:

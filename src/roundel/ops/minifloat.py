@@ -1,7 +1,7 @@
-"""Rounding to small floats: e2m1 (4 bits), e4m3 (8 bits), and reading e8m0 scales. Definitions.
+"""Rounding to small floats: e2m1 (4 bits), e0m3 (4 bits), e4m3 (8 bits), and reading e8m0 scales. Definitions.
 
-Source: OCP Microscaling Formats specification 1.0, section 5.3. Rounding is to nearest, ties to even; values beyond the
-largest are clamped to it.
+Source: OCP Microscaling Formats specification 1.0, section 5.3; e0m3, quarters with a sign, is what auto-round's MXINT4
+stores. Rounding is to nearest, ties to even; values beyond the largest are clamped to it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["decode_e8m0", "round_e2m1", "round_e4m3"]
+__all__ = ["decode_e8m0", "round_e0m3", "round_e2m1", "round_e4m3"]
 
 
 def round_e2m1(values: Tensor) -> Tensor:
@@ -25,6 +25,12 @@ def round_e2m1(values: Tensor) -> Tensor:
     index = torch.where(size < 2, halves, torch.where(size < 4, ones, twos)).to(torch.uint8)
     sign = (values < 0).to(torch.uint8) << 3
     return index | sign
+
+
+def round_e0m3(values: Tensor) -> Tensor:
+    """float32 -> codes of e0m3, uint8: sign << 3 | quarters, 0 to 7. Signs of zeros as in `round_e2m1`."""
+    quarters = torch.round(values.abs().clamp(max=1.75) * 4).to(torch.uint8)
+    return quarters | (values < 0).to(torch.uint8) << 3
 
 
 def round_e4m3(values: Tensor) -> Tensor:

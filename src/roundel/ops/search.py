@@ -28,7 +28,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from roundel.ops.encode import encode_reference, encode_scaled
+from roundel.ops.decode import decode
+from roundel.ops.encode import encode, encode_blocks, encode_reference, encode_scaled
 from roundel.ops.fit import SMALLEST_SCALE, grouped
 from roundel.scheme import Grid
 from roundel.tensor import QuantizedTensor, plain
@@ -110,11 +111,21 @@ def search(weight: Tensor, grid: Grid, importance: Tensor | None = None, threads
     from roundel.ops import use_kernels
 
     weight = weight.detach()
+    if grid.rule == "ggml":
+        return _blocks(weight, grid, importance)
     if use_kernels() and weight.device.type == "cpu" and weight.numel():
         from roundel.ops.numba.search import search_tensor
 
         return search_tensor(weight, grid, importance, threads)
     return search_reference(weight, grid, importance)
+
+
+def _blocks(weight: Tensor, grid: Grid, importance: Tensor | None) -> Searched:
+    """ggml's block types: its own search, which knows importances; or plain rounding, where that errs less."""
+    plainly = encode(weight, grid)
+    found = plainly if importance is None else encode_blocks(weight, grid, importance)
+    error, baseline = (squared_error(weight, each, importance) for each in (found, plainly))
+    return Searched(tensor=found if error <= baseline else plainly, error=min(error, baseline), baseline=baseline)
 
 
 def search_reference(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Searched:
@@ -139,7 +150,7 @@ def squared_error(weight: Tensor, quantized: QuantizedTensor, importance: Tensor
 def _block_errors(weight: Tensor, quantized: QuantizedTensor, importance: Tensor | None) -> Iterator[Tensor]:
     """Errors of blocks [rows, groups] in float64, a slab of rows at a time."""
     columns = quantized.grid.block_of(quantized.shape)[1]
-    decoded, counted = quantized.decode(), _importance(weight, importance, columns).double()
+    decoded, counted = decode(quantized), _importance(weight, importance, columns).double()
     rows = max(1, CHUNK // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], rows):
         error = weight[start : start + rows].double() - decoded[start : start + rows].double()

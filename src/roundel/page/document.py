@@ -120,7 +120,7 @@ def _facts(told: Findings) -> str:
         ("scheme", ", ".join(counted(layer.scheme.name for layer in plan.layers))),
         ("algorithm", ", then ".join(steps)),
     ]
-    if recipe.chain.reads_activations:
+    if recipe.reads_activations:
         text = f"{recipe.dataset}: {recipe.nsamples} samples of {recipe.seqlen} tokens asked for, seed {recipe.seed}"
         found.append(("calibration", text + (f"; tokens' sha256 {plan.calibration}" if plan.calibration else "")))
     files = ", ".join(f"{shard.name} ({size(shard.nbytes)})" for shard in told.output.shards)

@@ -111,4 +111,4 @@ def largest_weights(weights: Mapping[str, Tensor], readers: Sequence[str]) -> Te
     """Largest |w| of each input column over these readers' rows [in]."""
     import torch
 
-    return torch.stack([weights[f"{reader}.weight"].abs().amax(0) for reader in readers]).amax(0)
+    return torch.stack([weights[f"{reader}.weight"].abs().amax(0).float() for reader in readers]).amax(0)

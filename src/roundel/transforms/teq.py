@@ -138,7 +138,7 @@ class Teq(Transform):
     def passes(self, samples: int, batch: int) -> float:
         return 2.0 + 3.0 * self.steps * min(self.batch_size, samples) / samples
 
-    def learns_on(self, batch: int) -> int:
+    def learns_on(self, batch: int, part: int) -> int:
         return self.batch_size
 
     def refuse(self, layer: Layer) -> str | None:

@@ -42,11 +42,12 @@ class Transform(Protocol):
 
     @property
     def copies(self) -> float:
-        """Float32 copies of a unit's weights that are held at once, these among them. For estimates."""
+        """Float32 copies of a unit's weights, or what takes as much, that are held beside these. For estimates."""
         return 2.0
 
-    def learns_on(self, batch: int) -> int:
-        """Samples it runs forward and backward at once; 0 where it only runs forward. For estimates."""
+    def learns_on(self, batch: int, part: int) -> int:
+        """Samples it runs forward and backward at once, where a step has `batch` and `part` are run together; 0 where
+        it only runs forward. For estimates."""
         return 0
 
     def refuse(self, layer: Layer) -> str | None:

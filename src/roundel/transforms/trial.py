@@ -17,7 +17,7 @@ __all__ = ["refusal", "round_trip", "rounded_weights", "straight_through"]
 def refusal(layer: Layer) -> str | None:
     """Why plain rounding, and with it a loss of rounding, has no meaning on a layer's grid; None where it has."""
     grid = layer.scheme.weight
-    if grid.block[0] != 1 or not (grid.element.is_integer or grid.scale == "E8M0"):
+    if grid.block[0] != 1 or not (grid.is_plain_integer or grid.is_mx):
         return f"losses are of rounding to integers and MX floats, not to {layer.scheme.name}"
     return None
 

@@ -11,17 +11,15 @@ bits, because torch multiplies and adds at once where it can.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import pairwise
-
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from roundel.ops.learned_rounding import FIRST, LEAST_SQUARE, SECOND, Learned, Moments, Range, adam_correction
+from roundel.ops.numba.rows import share_rows
+from roundel.ops.numba.stored import value_of
+from roundel.ops.numba.tensors import stored_bits
 from roundel.scheme import Grid
 
 __all__ = ["descend_kernel", "round_kernel"]
@@ -30,7 +28,6 @@ HALF, ZERO = np.float32(0.5), np.float32(0.0)
 KEPT, ADDED = np.float32(FIRST), np.float32(1 - FIRST)
 KEPT_SQUARES, ADDED_SQUARES = np.float32(SECOND), np.float32(1 - SECOND)
 LEAST = np.float32(LEAST_SQUARE)
-WEIGHTS_A_THREAD = 1 << 18  # fewer are not worth a thread
 
 _jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 _inline = numba.njit(nogil=True, error_model="numpy", inline="always")
@@ -41,8 +38,8 @@ _sums = numba.njit(
 
 def round_kernel(learned: Learned, found: Range, out: Tensor) -> Tensor:
     """`ops.learned_rounding.round_matrix`."""
-    arrays = _arrays(learned.weight, learned.shift, found.scale, found.zero, out)
-    weight, shift, scale, zero, filled = arrays
+    weight = stored_bits(learned.weight)
+    shift, scale, zero, filled = _arrays(learned.shift, found.scale, found.zero, out)
     group, grid = learned.columns, learned.grid
     low, high, mantissa, smallest = _element(grid)
 
@@ -53,7 +50,7 @@ def round_kernel(learned: Learned, found: Range, out: Tensor) -> Tensor:
         else:
             _round_floats(weight[part], shift[part], scale[part], group, high, mantissa, smallest, filled[part])
 
-    _share(rows, weight.shape[0], weight.shape[1])
+    share_rows(rows, weight.shape[0], weight.shape[1])
     return out
 
 
@@ -67,15 +64,16 @@ def descend_kernel(
     by_scale, clamped = torch.empty_like(found.scale), torch.empty_like(found.scale)
     none = torch.empty(gradient.shape[0], 0)
     first, second = (none, none) if moments is None else (moments.first, moments.second)
-    tensors = (gradient, learned.weight, learned.shift, found.scale, found.zero, first, second, by_scale, clamped)
-    arrays, element = _arrays(*tensors), _element(learned.grid)
+    written = _arrays(learned.shift, found.scale, found.zero, first, second, by_scale, clamped)
+    arrays = [gradient.detach().contiguous().numpy(), stored_bits(learned.weight), *written]
+    element = _element(learned.grid)
     size = rate if moments is None else rate * adam_correction(step)
 
     def rows(begin: int, end: int) -> None:
         part = (each[begin:end] for each in arrays)
         _descend(*part, learned.columns, *element, moments is not None, np.float32(size))
 
-    _share(rows, gradient.shape[0], gradient.shape[1])
+    share_rows(rows, gradient.shape[0], gradient.shape[1])
     return by_scale, clamped
 
 
@@ -90,7 +88,7 @@ def _round_integers(weight, shift, scale, zero, group, low, high, out):  # type:
             s = scale[row, block]
             lowest, highest = low - zero[row, block], high - zero[row, block]
             for i in range(n):
-                steps = min(max(w[i] / s + v[i], lowest), highest)
+                steps = min(max(value_of(w[i]) / s + v[i], lowest), highest)
                 filled[i] = np.rint(steps) * s
 
 
@@ -115,7 +113,7 @@ def _round_floats(weight, shift, scale, group, high, mantissa, smallest, out):  
             w, v, filled = weight[row, begin : begin + n], shift[row, begin : begin + n], out[row, begin : begin + n]
             s = scale[row, block]
             for i in range(n):
-                filled[i] = _nearest_float(w[i] / s + v[i], high, mantissa, smallest) * s
+                filled[i] = _nearest_float(value_of(w[i]) / s + v[i], high, mantissa, smallest) * s
 
 
 @_jit
@@ -161,7 +159,7 @@ def _descend(  # type: ignore[no-untyped-def]
 def _look_at_integers(g, w, v, s, lowest, highest, terms, inner):  # type: ignore[no-untyped-def]
     """Of a block: its terms of the gradient by scale, and the gradient where codes are not clamped, else 0."""
     for i in range(len(g)):
-        ratio = w[i] / s
+        ratio = value_of(w[i]) / s
         steps = ratio + v[i]
         nearest = np.rint(min(max(steps, lowest), highest))
         inside = abs(steps - nearest) <= HALF
@@ -172,7 +170,7 @@ def _look_at_integers(g, w, v, s, lowest, highest, terms, inner):  # type: ignor
 @_jit
 def _look_at_floats(g, w, v, s, high, mantissa, smallest, terms, inner):  # type: ignore[no-untyped-def]
     for i in range(len(g)):
-        ratio = w[i] / s
+        ratio = value_of(w[i]) / s
         steps = ratio + v[i]
         inside = abs(steps) <= high
         terms[i] = g[i] * (_nearest_float(steps, high, mantissa, smallest) - (ratio if inside else ZERO))
@@ -214,24 +212,5 @@ def _element(grid: Grid) -> tuple[np.float32, np.float32, np.uint32, np.uint32]:
 
 
 def _arrays(*tensors: Tensor) -> list[np.ndarray]:
-    found = [tensor.detach().contiguous() for tensor in tensors]
-    assert all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors[1:])  # those may be written to
-    return [tensor.numpy() for tensor in found]
-
-
-def _share(work: Callable[[int, int], None], rows: int, width: int) -> None:
-    """Run work(begin, end) over all rows, in threads if there is enough of it."""
-    threads = max(1, min(torch.get_num_threads(), rows * width // WEIGHTS_A_THREAD))
-    if threads == 1:
-        return work(0, rows)
-    ends = [rows * i // threads for i in range(threads + 1)]
-    first, *rest = pairwise(ends)
-    waiting = [_pool(threads).submit(work, *part) for part in rest]
-    work(*first)
-    for each in waiting:
-        each.result()
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads - 1, thread_name_prefix="rounding")
+    assert all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors)
+    return [tensor.detach().numpy() for tensor in tensors]

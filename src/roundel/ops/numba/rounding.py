@@ -20,7 +20,7 @@ from roundel.ops.numba.stored import (
     value_of,
 )
 
-__all__ = ["round_integer"]
+__all__ = ["half_bits", "half_of", "round_integer"]
 
 MAGIC = np.float32(12582912.0)  # 1.5 * 2^23
 SIGN = np.uint32(0x80000000)
@@ -31,7 +31,7 @@ _jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False
 
 
 @_jit
-def _half(value):  # type: ignore[no-untyped-def]
+def half_of(value):  # type: ignore[no-untyped-def]
     """float32 -> the nearest float16 as float32, half to even; at or above 65520 it is infinity."""
     bits = bits_of(value)
     size = np.uint32(bits & ~SIGN)
@@ -44,13 +44,14 @@ def _half(value):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _half_bits(value):  # type: ignore[no-untyped-def]
-    """The 16 bits of a finite float32 that is a float16 already."""
+def half_bits(value):  # type: ignore[no-untyped-def]
+    """The 16 bits of a float32 that is a float16 already."""
     bits = bits_of(value)
     size = np.uint32(bits & ~SIGN)
     found = np.uint32(np.uint32(size - np.uint32(0x38000000)) >> np.uint32(13))
     steps = np.uint32(np.int32(float_of(size) * np.float32(16777216.0)))
     found = steps if size < np.uint32(0x38800000) else found
+    found = np.uint32(0x7C00) if size == INFINITY_BITS else found
     return np.uint16(found | np.uint32(np.uint32(bits & SIGN) >> np.uint32(16)))
 
 
@@ -60,7 +61,7 @@ def _symmetric_grids(tops, bottoms, bits, scales, zeros):  # type: ignore[no-unt
     steps = np.float32(1 << (bits - 1))
     for block in range(len(tops)):
         high, low = value_of(tops[block]), -value_of(bottoms[block])
-        scale = _half((low if low > high else -high) / steps)
+        scale = half_of((low if low > high else -high) / steps)
         size = abs(scale) if abs(scale) > SMALLEST else SMALLEST
         scale = -size if scale < np.float32(0.0) else size
         scales[block] = scale if high < INFINITY and low < INFINITY else INFINITY
@@ -73,9 +74,9 @@ def _asymmetric_grids(tops, bottoms, bits, lowest_zero, scales, zeros):  # type:
     largest, lowest = np.float32((1 << bits) - 1), np.float32(lowest_zero)
     for block in range(len(tops)):
         high, low = value_of(tops[block]), -value_of(bottoms[block])
-        scale = _half((high + low) / largest)
+        scale = half_of((high + low) / largest)
         scale = scale if scale > SMALLEST else SMALLEST
-        raised = _half((high + low) / (largest - lowest))
+        raised = half_of((high + low) / (largest - lowest))
         raised = raised if raised > SMALLEST else SMALLEST
         zero = (low / scale + MAGIC) - MAGIC
         zero = zero if zero < largest else largest
@@ -134,7 +135,7 @@ def round_integer(stored, bits, group, symmetric, lowest_zero, codes, scales, ze
         if bad >= 0:
             return row * width + bad * group
         for block in range(groups):
-            scales[row, block] = _half_bits(row_scales[block])
+            scales[row, block] = half_bits(row_scales[block])
             zeros[row, block] = np.uint8(row_zeros[block])
         _codes(stored, row, group, bits, row_scales, row_zeros, codes, sums)
     return np.int64(-1)

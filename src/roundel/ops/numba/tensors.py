@@ -12,24 +12,29 @@ from roundel.ops.numba.stored import BF16, F16, F32
 from roundel.scheme import Grid
 from roundel.tensor import QuantizedTensor
 
-__all__ = ["encode_tensor"]
+__all__ = ["encode_tensor", "stored_bits"]
 
 _KINDS = {torch.bfloat16: BF16, torch.float16: F16, torch.float32: F32}
 
 
 def encode_tensor(weight: Tensor, grid: Grid) -> QuantizedTensor | None:
     """`ops.encode` by kernel; None where no kernel fits (another grid, or weights that are not finite)."""
-    if grid.block[0] != 1 or weight.numel() == 0 or not (grid.element.is_integer or grid.scale == "E8M0"):
+    if grid.block[0] != 1 or weight.numel() == 0 or not (grid.is_plain_integer or grid.is_mx):
         return None
-    kind = _KINDS.get(weight.dtype)
-    if kind is None:
+    if weight.dtype not in _KINDS:
         return None
-    stored = weight.detach().contiguous().view(torch.int32 if kind == F32 else torch.int16).numpy().view(kind)
+    stored = stored_bits(weight)
     if grid.element.is_integer:
         return _encode_integer(stored, grid)
     if weight.shape[1] % 32 or grid.exponent != "floor":
         return None
     return _encode_mx(stored, grid)
+
+
+def stored_bits(weight: Tensor) -> np.ndarray:
+    """A float32, bfloat16 or float16 tensor as the kernels take it; its memory is shared where it is contiguous."""
+    kind = _KINDS[weight.dtype]
+    return weight.detach().contiguous().view(torch.int32 if kind == F32 else torch.int16).numpy().view(kind)
 
 
 def _encode_integer(stored: np.ndarray, grid: Grid) -> QuantizedTensor | None:

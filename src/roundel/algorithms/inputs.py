@@ -1,0 +1,38 @@
+"""How large the inputs of layers are: what weighted searches need of them, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from roundel.unit import Stream, Unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Inputs", "mean_squares"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What entered a layer: the mean square of each channel [in] over its tokens, float32."""
+
+    mean_square: Tensor
+    tokens: int
+
+
+def mean_squares(unit: Unit, stream: Stream) -> Mapping[str, Inputs]:
+    """What enters each layer of the unit that any token reaches, by layer name. One pass over the inputs."""
+    sums: dict[str, Tensor] = {}
+    tokens: dict[str, int] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        if x.shape[0] == 0:
+            return
+        added = x.float().square().sum(0).double()
+        sums[name] = sums[name] + added if name in sums else added
+        tokens[name] = tokens.get(name, 0) + x.shape[0]
+
+    unit.entering().observe(see, unit.weights, stream=stream)
+    return {name: Inputs((total / tokens[name]).float(), tokens[name]) for name, total in sums.items()}

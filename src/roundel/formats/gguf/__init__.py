@@ -1,0 +1,1 @@
+"""GGUF: block types, and what a file says of a model."""

@@ -1,0 +1,135 @@
+"""Tensor names in GGUF files: what a tensor of a Hugging Face checkpoint is called there, and back.
+
+All experts of a layer are one tensor [experts, out, in]; every other tensor is one tensor. Source: llama.cpp,
+gguf-py/gguf/constants.py (TENSOR_NAMES) and tensor_mapping.py; for the order of rows, conversion/llama.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from roundel.formats.gguf.architectures import architecture
+
+__all__ = ["expert_of", "hf_name", "left_out", "row_order", "rows_permuted", "split_latent", "tensor_name"]
+
+_TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_GGUF_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"(?P<before>.+\.experts)\.(?P<expert>\d+)\.(?P<after>.+)")
+_TOWERS = re.compile(
+    r"(^|[._])(visual|vision|audio|projector|multi_modal|mm)[._]|vision_tower|embed_vision|embed_audio"
+)
+
+
+def tensor_name(hf_name: str, architecture_name: str) -> str | None:
+    """What a tensor is called: for an expert's tensor, the stacked one it is part of (`expert_of` says which part).
+
+    None where the architecture has no such tensor: `left_out` tells whether that is meant.
+    """
+    name = _text_name(hf_name)
+    module, _, ending = name.rpartition(".")
+    if module in _TOP:
+        return f"{_TOP[module]}.{ending}"
+    matched = _BLOCK.fullmatch(name)
+    if not matched:
+        return None
+    number, inside = matched.groups()
+    known = architecture(architecture_name)
+    if inside in known.special:
+        return f"blk.{number}.{known.special[inside]}"
+    expert = _EXPERT.fullmatch(inside)
+    module, _, ending = (f"{expert['before']}.{expert['after']}" if expert else inside).rpartition(".")
+    if ending not in ("weight", "bias") or module not in known.block:
+        return None
+    return f"blk.{number}.{known.block[module]}.{ending}"
+
+
+def expert_of(hf_name: str) -> int | None:
+    """Which part of a stacked tensor this is: the number of the expert, None for a tensor of its own."""
+    matched = _EXPERT.fullmatch(hf_name)
+    return int(matched["expert"]) if matched else None
+
+
+def hf_name(gguf_name: str, architecture_name: str, expert: int | None = None) -> str | None:
+    """The inverse of `tensor_name`; of a stacked tensor, the name of one expert's part."""
+    known = architecture(architecture_name)
+    matched = _GGUF_BLOCK.fullmatch(gguf_name)
+    if not matched:
+        name, _, ending = gguf_name.rpartition(".")
+        return next((f"{theirs}.{ending}" for theirs, ours in _TOP.items() if ours == name), None)
+    number, inside = matched.groups()
+    block = f"model.layers.{number}"
+    for theirs, ours in known.special.items():
+        if ours == inside:
+            return f"{block}.{theirs}"
+    name, _, ending = inside.rpartition(".")
+    for theirs, ours in known.block.items():
+        if ours == name:
+            before, experts, after = theirs.partition(".experts.")
+            if experts:
+                theirs = f"{before}.experts.{expert}.{after}"
+            return f"{block}.{theirs}.{ending}" if not experts or expert is not None else None
+    return None
+
+
+def left_out(hf_name: str, settings: Mapping[str, Any], architecture_name: str) -> str | None:
+    """Why llama.cpp's file of a text model has no such tensor on purpose; None where it should have one."""
+    known = architecture(architecture_name)
+    name = _text_name(hf_name)
+    if name.endswith((".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")):
+        return "computed when the model is loaded"
+    if not name.startswith(("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")) and _TOWERS.search(
+        hf_name
+    ):
+        return "not part of the language model"
+    if name == "lm_head.weight":
+        tied = known.headless or (known.name == "deepseek2" and bool(settings.get("tie_word_embeddings")))
+        return "the embedding is the output head" if tied else None
+    matched = _BLOCK.fullmatch(name)
+    if matched and known.name == "deepseek2" and int(matched[1]) >= int(settings["num_hidden_layers"]):
+        return "predicts further tokens, which llama.cpp does not run"
+    return None
+
+
+def rows_permuted(hf_name: str, settings: Mapping[str, Any], architecture_name: str) -> tuple[int, int] | None:
+    """(heads, rows of a head) of a q_proj or k_proj, weight or bias, whose rows go by `row_order`; None for others."""
+    if not architecture(architecture_name).rotated:
+        return None
+    module = hf_name.rpartition(".")[0]
+    heads = int(settings["num_attention_heads"])
+    if module.endswith(".k_proj"):
+        given = settings.get("num_key_value_heads")
+        heads = heads if given is None else int(given)
+    elif not module.endswith(".q_proj"):
+        return None
+    size = settings.get("head_dim")
+    if size is None:
+        size = int(settings["hidden_size"]) // int(settings["num_attention_heads"])
+    return heads, int(size)
+
+
+def row_order(heads: int, size: int) -> np.ndarray:
+    """Row i of the stored matrix is row `row_order[i]` of the checkpoint's.
+
+    Rotary embedding turns pairs of rows of a head: transformers pairs i with i + size / 2, llama.cpp 2 i with 2 i + 1.
+    """
+    return np.arange(heads * size).reshape(heads, 2, size // 2).swapaxes(1, 2).ravel()
+
+
+def split_latent(hf_name: str, architecture_name: str) -> tuple[str, str] | None:
+    """The two modules whose weights DeepSeek's kv_b_proj is split into: keys' and values'; None for other tensors.
+
+    `changes.split_latent_weight` makes their weights.
+    """
+    if architecture_name != "deepseek2" or not hf_name.endswith(".kv_b_proj.weight"):
+        return None
+    return hf_name.replace("kv_b_proj", "k_b_proj"), hf_name.replace("kv_b_proj", "v_b_proj")
+
+
+def _text_name(hf_name: str) -> str:
+    """The name without the wrapper of a multimodal model."""
+    return hf_name.replace("language_model.", "")
