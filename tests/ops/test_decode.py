@@ -56,3 +56,10 @@ def test_a_group_index_takes_the_definition() -> None:
     indexed = replace(quantized, group_index=index)
     assert torch.equal(decode(indexed), indexed.decode())
     assert not torch.equal(decode(indexed), decode(quantized))
+
+
+def test_blocks_that_run_over_the_ends_of_rows() -> None:
+    grid = Grid(element=ELEMENTS["nf4"], block=(1, 64), scale="F32", flat=True)
+    codes = torch.randint(0, 16, (6, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    quantized = QuantizedTensor(grid=grid, codes=codes, scale=torch.rand(grid.blocks((6, 40))) + 0.5)
+    assert torch.equal(decode(quantized), quantized.decode())

@@ -5,8 +5,8 @@ Executed by the interpreter of the environment `.peers/hqq`, started by `make_go
 Usage: python golden_hqq.py SOURCE OUT ROWS
 
 transformers 5 cannot save HQQ models, so the layers are saved as transformers 4 does, by HQQLinear's own state_dict.
-OUT gets config.json, model.safetensors, and decoded.safetensors: the first ROWS rows of every quantized matrix, by
-module name, float32.
+OUT gets config.json, model.safetensors, and decoded.safetensors: the first ROWS rows of every quantized matrix,
+float32, by module name.
 """
 
 import json

@@ -15,7 +15,8 @@ __all__ = ["decode"]
 
 def decode(quantized: QuantizedTensor, out: Tensor | None = None) -> Tensor:
     """The float32 weights [out, in]: (codes - zero) * scale + offset; in `out`, if that is given."""
-    if use_kernels() and quantized.codes.device.type == "cpu" and quantized.group_index is None:
+    plain = quantized.group_index is None and not quantized.grid.flat
+    if use_kernels() and quantized.codes.device.type == "cpu" and plain:
         from roundel.ops.numba.decoding import decode_by_kernel
 
         return decode_by_kernel(quantized, out)
