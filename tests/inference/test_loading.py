@@ -51,8 +51,11 @@ def expected(folder: Path, ids: Tensor = IDS) -> Tensor:
     return x
 
 
-def near(found: Tensor, wanted: Tensor) -> bool:
-    return bool((found - wanted).abs().max() < 1e-5 * wanted.abs().max())
+def near(found: Tensor, wanted: Tensor, share: float = 1e-5) -> bool:
+    return bool((found - wanted).abs().max() < share * wanted.abs().max())
+
+
+FEW = 5e-4  # what few inputs, rounded to 16 bits layer after layer, may change the logits by
 
 
 def packed_layers(model: Any) -> dict[str, QuantLinear]:
@@ -68,9 +71,10 @@ def test_every_family(model_type: str, tmp_path: Path) -> None:
     inside = {n for n in checkpoint.layers if ".mtp" not in n and not n.startswith(("mtp", "model.layers.2."))}
     assert set(packed_layers(model)) == inside
     assert not any(p.is_meta for p in model.parameters())
-    assert near(said(model), expected(folder))
+    assert near(said(model), expected(folder), FEW)
     one = IDS[:1, :1]  # few enough inputs for the kernels that multiply packed words
-    assert near(said(model, one), expected(folder, one))
+    assert near(said(model, one), expected(folder, one), FEW)
+    assert near(said(roundel.load(folder, backend="torch")), expected(folder))
 
 
 @pytest.mark.parametrize(
@@ -84,8 +88,8 @@ def test_every_family(model_type: str, tmp_path: Path) -> None:
 )
 def test_every_scheme_and_format(scheme: str, format_: str, tmp_path: Path) -> None:
     folder = made("llama", tmp_path, scheme=scheme, format=format_)
-    for ids in (IDS, IDS[:1, :1]):
-        assert near(said(roundel.load(folder), ids), expected(folder, ids))
+    for ids, share in ((IDS, 1e-5), (IDS[:1, :1], FEW)):
+        assert near(said(roundel.load(folder), ids), expected(folder, ids), share)
 
 
 @pytest.mark.parametrize("kind", ["fp8 block", "fp8 channel", "fp8 tensor", "mxfp4", "nvfp4", "modelopt", "gpt_oss"])
@@ -117,7 +121,7 @@ def test_backends_agree(tmp_path: Path) -> None:
         model = roundel.load(folder, backend=backend)
         assert {m.backend for m in packed_layers(model).values()} == {backend}
         logits[backend] = said(model, IDS[:1, :3])
-    assert near(logits["numba"], logits["torch"])
+    assert near(logits["numba"], logits["torch"], FEW)
 
 
 def test_mixed_widths_and_a_rounded_head(tmp_path: Path) -> None:

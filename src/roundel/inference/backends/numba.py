@@ -1,7 +1,7 @@
 """CPU: integers of 2, 3, 4 and 8 bits in the words of `inference/numba/layout.py`, multiplied without unpacking them.
 
-Up to 16 inputs are multiplied by codes that are decoded in registers; for more, a slab of rows is decoded to float32 at
-a time and torch multiplies. Sums are float32 whatever the dtype of the inputs.
+Up to 16 inputs are rounded to 16-bit integers and multiplied by codes in registers; for more, a slab of rows is decoded
+to float32 at a time and torch multiplies. See `inference/numba/product.py` for how close that is.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Numba"]
 
+COLUMNS = 16  # that are multiplied together, and lie in one group
 _KINDS = {torch.bfloat16: np.uint16, torch.float16: np.int16, torch.float32: np.uint32}  # as ops.numba.stored has them
 
 
@@ -42,8 +43,8 @@ class Numba:
         if grid.element.bits not in LAYOUTS:
             return f"it has words of {', '.join(map(str, LAYOUTS))} bits, not of {grid.element.bits}"
         columns = grid.block_of(layer.shape)[1]
-        if columns % 8 and columns < layer.shape[1]:
-            return f"it takes groups of whole eights, not of {columns}"
+        if columns % COLUMNS and columns < layer.shape[1]:
+            return f"it takes groups of whole sixteens, not of {columns}"
         if grid.scale not in ("F16", "BF16", "F32"):
             return "it takes scales of 16 or 32 bits"
         return None
@@ -75,7 +76,7 @@ class Packed(nn.Module):
             codes = codes[:, order]
         stored = codes.contiguous().view(torch.uint8).numpy()
         lowest = 0 if quantized.zero is not None else -(1 << (bits - 1))
-        words = torch.from_numpy(pack_rows_of_words(stored, bits, lowest).view(np.int32))
+        words = torch.from_numpy(pack_rows_of_words(stored, bits, lowest).view(np.int16))
         assert isinstance(quantized.scale, Tensor)
         self._kind = _KINDS[quantized.scale.dtype]
         scale = quantized.scale.view(torch.int32 if quantized.scale.dtype == torch.float32 else torch.int16)
@@ -102,12 +103,12 @@ class Packed(nn.Module):
         from roundel.inference.numba.product import PackedRows
 
         return PackedRows(
-            words=self.get_buffer("words").numpy().view(np.uint32),
+            words=self.get_buffer("words").numpy().view(np.uint16),
             scales=self.get_buffer("scales").numpy().view(self._kind),
             zeros=self.get_buffer("zeros").numpy(),
             bits=self.bits,
             shape=self.shape,
-            group=-(-self.columns // 8) * 8,  # a group of all columns may end within an eight
+            group=-(-self.columns // COLUMNS) * COLUMNS,  # a group of all columns may end within a vector
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:

@@ -1,4 +1,9 @@
-"""Loops around the inner loops of emit.py: over blocks of rows, groups of columns, and inputs."""
+"""Loops around the inner loops of emit.py: over blocks of rows, spans of columns, and inputs.
+
+Few inputs are rounded to 16-bit integers, each *span* of columns to a unit of its own, the largest of them over 32767:
+an input is off by at most 2^-16 of its span's largest, a hundredth of what bfloat16 is. A span is a group's columns, or
+as many of them as sums of 32 bits have room for. For many inputs weights are decoded to float32, and torch multiplies.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from roundel.inference.numba.emit import add_floats, add_group, spread_group, widen
+from roundel.inference.numba.emit import LANES, STEP, add_floats, add_span, spread_group, widen
 from roundel.inference.numba.layout import LAYOUTS
 from roundel.ops.numba.rows import share_rows
-from roundel.ops.numba.stored import value_of
+from roundel.ops.numba.stored import float_of, value_of
 from roundel.ops.numba.tensors import stored_bits
 
-__all__ = ["PackedRows", "multiply_floats", "pack_rows_of_words"]
+__all__ = ["FEW", "PackedRows", "multiply_floats", "pack_rows_of_words"]
 
 FEW = 16  # inputs at a time, up to which codes are decoded in registers; beyond, once for all into a slab
 SLAB = 1 << 21  # weights decoded at a time for many inputs: 8 MB, which the last cache holds
-LANES = 8
+SPAN = 1 << 16  # columns times codes: so many products of codes and 16-bit inputs add up in 32 bits
+LARGEST = 32767
 
 _jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 
@@ -25,22 +31,22 @@ _jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False
 class PackedRows:
     """A matrix [out, in] of integers, in the words of layout.py.
 
-    words    uint32 [blocks, streams, columns]
+    words    uint16 [blocks, streams, columns]
     scales   [blocks, groups, rows of a block], uint16 / int16 / uint32 as `ops.numba.stored` reads them
     zeros    uint8, like scales, or empty
-    group    columns that share a scale, a multiple of 8
+    group    columns that share a scale, a multiple of 16
     """
 
     def __init__(
         self, words: np.ndarray, scales: np.ndarray, zeros: np.ndarray, bits: int, shape: tuple[int, int], group: int
     ) -> None:
-        self.shape, self.group = shape, group
+        self.shape = shape
         self.blocks: int = words.shape[0]
         self.columns: int = words.shape[2]
-        self.groups: int = scales.shape[1]
         self.rows: int = scales.shape[2]
         numbers = (words.reshape(-1), scales.reshape(-1), zeros.reshape(-1))
-        self._stored = (*numbers, bits, self.rows, self.groups, group, words.shape[1], self.columns)
+        self._spans = _spans(self.columns, group, bits)
+        self._stored = (*numbers, bits, self.rows, scales.shape[1], group, words.shape[1], self.columns)
 
     def product(self, x: Tensor) -> Tensor:
         """x float32 [inputs, in] -> x @ weight.T, float32 [inputs, out]."""
@@ -56,10 +62,12 @@ class PackedRows:
 
     def _few(self, x: Tensor) -> Tensor:
         entering, batch = _whole(x, self.columns)
-        out = np.empty((len(entering), self.blocks * self.rows), np.float32)
-        sums = np.empty((len(entering), self.groups, LANES), np.float32)
-        _sum_groups(entering, self.group, sums)
-        flat = (entering.reshape(-1), sums.reshape(-1), batch)
+        inputs = len(entering)
+        whole, out = np.empty(entering.shape, np.int16), np.empty((inputs, self.blocks * self.rows), np.float32)
+        units = np.zeros(inputs * len(self._spans) + LANES, np.float32)
+        sums = np.zeros(len(units), np.int32)
+        _round_inputs(entering, entering.view(np.int32), self._spans, batch, whole, units, sums)
+        flat = (self._spans, whole.reshape(-1), units, sums, batch)
         share_rows(lambda begin, end: _product(*self._stored, *flat, begin, end, out), self.blocks, self._block_weights)
         return torch.from_numpy(out)[: len(x), : self.shape[0]]
 
@@ -82,13 +90,13 @@ class PackedRows:
 
 
 def pack_rows_of_words(codes: np.ndarray, bits: int, lowest: int = 0) -> np.ndarray:
-    """Codes [out, in] uint8 -> words uint32 [blocks, streams, columns].
+    """Codes [out, in] uint8 -> words uint16 [blocks, streams, columns].
 
     lowest   0 for unsigned codes; the smallest code of signed ones, whose bytes are given
     """
     layout, (out, width) = LAYOUTS[bits], codes.shape
     blocks = -(-out // layout.rows)
-    words = np.zeros((blocks, layout.streams, -(-width // LANES) * LANES), np.uint32)
+    words = np.zeros((blocks, layout.streams, -(-width // STEP) * STEP), np.uint16)
     table = [
         (row, take.word, take.up, take.mask, take.down) for row in range(layout.rows) for take in layout.takes(row)
     ]
@@ -130,85 +138,104 @@ def _pack(codes, above, table, rows, words, begin, end):  # type: ignore[no-unty
         for entry in range(table.shape[0]):
             row = block * rows + table[entry, 0]
             if row < out:
-                off, mask, shift = np.uint32(table[entry, 2]), np.uint32(table[entry, 3]), np.uint32(table[entry, 4])
+                off, mask, shift = np.uint16(table[entry, 2]), np.uint16(table[entry, 3]), np.uint16(table[entry, 4])
                 line, stored = words[block, table[entry, 1]], codes[row]
                 for column in range(width):
-                    code = np.uint32(np.uint8(stored[column] + above))  # wraps around, as two's complement does
-                    line[column] |= np.uint32(np.uint32(code >> off) & mask) << shift
+                    code = np.uint16(np.uint8(stored[column] + above))  # wraps around, as two's complement does
+                    line[column] |= np.uint16(np.uint16(np.uint16(code >> off) & mask) << shift)
+
+
+def _spans(columns: int, group: int, bits: int) -> np.ndarray:
+    """[spans, 3] (first column, vectors of columns, group), in order."""
+    found, most = [], SPAN >> bits
+    for first in range(0, columns, group):
+        end = min(first + group, columns)
+        found += [(at, (min(at + most, end) - at) // STEP, first // group) for at in range(first, end, most)]
+    return np.array(found, np.int64)
 
 
 @_jit
-def _sum_groups(x, group, sums):  # type: ignore[no-untyped-def]
-    inputs, columns = x.shape
-    for each in range(inputs):
-        for part in range(sums.shape[1]):
-            line = sums[each, part]
-            line[:] = 0
-            for column in range(part * group, min((part + 1) * group, columns), 8):
-                eight = x[each, column : column + 8]
-                for lane in range(8):
-                    line[lane] += eight[lane]
+def _round_inputs(x, bits, spans, batch, whole, units, sums):  # type: ignore[no-untyped-def]
+    """bits: those of x as int32, whose order is that of floats of one sign. Units and sums go by batch, span, input."""
+    for each in range(x.shape[0]):
+        for span in range(spans.shape[0]):
+            first, end = spans[span, 0], spans[span, 0] + 16 * spans[span, 1]
+            entering, stored, rounded = x[each, first:end], bits[each, first:end], whole[each, first:end]
+            largest = np.int32(0)
+            for column in range(len(stored)):
+                largest = max(largest, np.int32(stored[column] & np.int32(0x7FFFFFFF)))
+            unit = float_of(largest) / np.float32(LARGEST)
+            inverse = np.float32(0)
+            if largest >= np.int32(0x7F800000):
+                unit = np.float32(np.nan)
+            elif unit > 0:
+                inverse = min(np.float32(1) / unit, np.float32(3e38))
+            for column in range(len(entering)):
+                rounded[column] = np.int16(np.rint(entering[column] * inverse))
+            if inverse == 0:
+                rounded[:] = 0
+            total = np.int32(0)
+            for column in range(len(rounded)):
+                total = np.int32(total + np.int32(rounded[column]))
+            place = (each // batch * spans.shape[0] + span) * batch + each % batch
+            units[place], sums[place] = unit, total
 
 
 @_jit
 def _widen(stored, at, rows, out):  # type: ignore[no-untyped-def]
     if rows == 8:
         widen(stored, at, out, 8)
-    elif rows == 16:
-        widen(stored, at, out, 16)
     else:
-        widen(stored, at, out, 32)
+        widen(stored, at, out, 16)
 
 
 @_jit
-def _product(words, scales, zeros, bits, rows, groups, group, streams, columns, x, sums, batch, begin, end, out):  # type: ignore[no-untyped-def]
-    scale, zero = np.empty(rows, np.float32), np.full(rows, 1 << (bits - 1), np.float32)
-    total = np.empty(rows * batch * 8, np.float32)
-    gap = groups * 8
+def _product(  # type: ignore[no-untyped-def]
+    w, scales, zeros, bits, rows, groups, group, streams, columns, spans, x, units, sums, batch, begin, end, out
+):
+    scale, zero = np.zeros(rows + 8, np.float32), np.full(rows + 8, 1 << (bits - 1), np.int32)
+    total = np.empty(rows * batch, np.float32)
+    count = spans.shape[0]
     for block in range(begin, end):
         for each in range(0, out.shape[0], batch):
             total[:] = 0
-            for part in range(groups):
-                _widen(scales, (block * groups + part) * rows, rows, scale)
+            for span in range(count):
+                first, steps, part = spans[span, 0], spans[span, 1], (block * groups + spans[span, 2]) * rows
+                _widen(scales, part, rows, scale)
                 if zeros.size:
-                    _widen(zeros, (block * groups + part) * rows, rows, zero)
-                first = part * group
-                steps = (min(first + group, columns) - first) // 8
-                at, xa, s = block * streams * columns + first, each * columns + first, (each * groups + part) * 8
+                    _widen(zeros, part, rows, zero)
+                at, xa, place = block * streams * columns + first, each * columns + first, each * count + span * batch
                 if batch == 1 and bits == 4:
-                    add_group(words, at, columns, x, xa, columns, steps, sums, s, gap, scale, zero, total, 4, 1)
+                    add_span(w, at, columns, steps, x, xa, columns, sums, units, place, scale, zero, total, 4, 1)
                 elif batch == 1 and bits == 8:
-                    add_group(words, at, columns, x, xa, columns, steps, sums, s, gap, scale, zero, total, 8, 1)
+                    add_span(w, at, columns, steps, x, xa, columns, sums, units, place, scale, zero, total, 8, 1)
                 elif batch == 1 and bits == 2:
-                    add_group(words, at, columns, x, xa, columns, steps, sums, s, gap, scale, zero, total, 2, 1)
-                elif batch == 1:
-                    add_group(words, at, columns, x, xa, columns, steps, sums, s, gap, scale, zero, total, 3, 1)
-                elif bits == 4:
-                    add_group(words, at, columns, x, xa, columns, steps, sums, s, gap, scale, zero, total, 4, 4)
-                elif bits == 8:
-                    add_group(words, at, columns, x, xa, columns, steps, sums, s, gap, scale, zero, total, 8, 4)
-                elif bits == 2:
-                    add_group(words, at, columns, x, xa, columns, steps, sums, s, gap, scale, zero, total, 2, 4)
-                else:
-                    add_group(words, at, columns, x, xa, columns, steps, sums, s, gap, scale, zero, total, 3, 4)
+                    add_span(w, at, columns, steps, x, xa, columns, sums, units, place, scale, zero, total, 2, 1)
+                elif batch == 1 and bits == 3:
+                    add_span(w, at, columns, steps, x, xa, columns, sums, units, place, scale, zero, total, 3, 1)
+                elif batch == 4 and bits == 4:
+                    add_span(w, at, columns, steps, x, xa, columns, sums, units, place, scale, zero, total, 4, 4)
+                elif batch == 4 and bits == 8:
+                    add_span(w, at, columns, steps, x, xa, columns, sums, units, place, scale, zero, total, 8, 4)
+                elif batch == 4 and bits == 2:
+                    add_span(w, at, columns, steps, x, xa, columns, sums, units, place, scale, zero, total, 2, 4)
+                elif batch == 4 and bits == 3:
+                    add_span(w, at, columns, steps, x, xa, columns, sums, units, place, scale, zero, total, 3, 4)
             for row in range(rows):
                 for other in range(batch):
-                    found = np.float32(0)
-                    for lane in range(8):
-                        found += total[(row * batch + other) * 8 + lane]
-                    out[each + other, block * rows + row] = found
+                    out[each + other, block * rows + row] = total[row * batch + other]
 
 
 @_jit
 def _decode(words, scales, zeros, bits, rows, groups, group, streams, columns, begin, end, out):  # type: ignore[no-untyped-def]
-    scale, zero = np.empty(rows, np.float32), np.full(rows, 1 << (bits - 1), np.float32)
+    scale, zero = np.empty(rows, np.float32), np.full(rows, 1 << (bits - 1), np.int32)
     for block in range(begin, end):
         for part in range(groups):
             _widen(scales, (block * groups + part) * rows, rows, scale)
             if zeros.size:
                 _widen(zeros, (block * groups + part) * rows, rows, zero)
             first = part * group
-            steps = (min(first + group, columns) - first) // 8
+            steps = (min(first + group, columns) - first) // 16
             at, to = block * streams * columns + first, (block - begin) * rows * columns + first
             if bits == 4:
                 spread_group(words, at, columns, steps, scale, zero, out, to, columns, 4)
