@@ -94,7 +94,7 @@ class Decoding(nn.Module):
     def _keep(self, name: str, value: Tensor | None) -> None:
         if value is not None:
             self._dtypes[name] = value.dtype
-            value = value.contiguous().view(torch.uint8)
+            value = value.clone(memory_format=torch.contiguous_format).view(torch.uint8)  # strides of one column, too
         self.register_buffer(name, value, persistent=False)
 
     def _kept(self, name: str, part: slice) -> Tensor | None:
