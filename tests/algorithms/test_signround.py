@@ -15,6 +15,7 @@ from roundel.algorithms.signround import SignRound
 from roundel.errors import RecipeError
 from roundel.ops.encode import encode
 from roundel.scheme import Scheme
+from roundel.tensor import plain
 from roundel.unit import Layer, Stored, Stream, Unit
 
 SCHEMES = (
@@ -349,3 +350,16 @@ def test_where_learning_starts(scheme: str, same: str) -> None:
     unit = make_unit(scheme)
     auto, named = (SignRound(iters=0, start=start, keep_best=False).quantize(unit) for start in ("auto", same))
     assert all(torch.equal(auto[n].tensor.decode(), named[n].tensor.decode()) for n in auto)
+
+
+@pytest.mark.parametrize("scheme", ["W4A16G32", "W2A16G32_ASYM", "W3A16G-1"])
+@pytest.mark.parametrize("iters", [0, 8])
+def test_scales_may_be_numbers_that_bfloat16_has_too(scheme: str, iters: int) -> None:
+    unit = make_unit(scheme)
+    narrow = SignRound(iters=iters, scale_dtype="bfloat16", keep_best=iters > 0).quantize(unit)
+    for found in narrow.values():
+        scale = plain(found.tensor.scale)
+        assert torch.equal(scale, scale.bfloat16().float())
+    free = SignRound(iters=iters, keep_best=iters > 0).quantize(unit)
+    assert not all(torch.equal(s := plain(f.tensor.scale), s.bfloat16().float()) for f in free.values())
+    assert error(unit, decoded(unit, narrow)) < 1.2 * error(unit, decoded(unit, free))

@@ -10,11 +10,14 @@ from torch import Tensor
 
 from ops.cases import KINDS, SHAPES, grids, weights
 from roundel.ops.encode import encode, encode_reference
+from roundel.ops.fit import SMALLEST_SCALE
 from roundel.ops.learned_rounding import (
     FIRST,
     LARGEST_FACTOR,
+    LARGEST_NARROW,
     SECOND,
     Learned,
+    _stored,
     begin,
     descend,
     finish,
@@ -243,3 +246,14 @@ def test_adam_is_torchs() -> None:
         descend(learned, found, slope, rate=0.01, range_rate=0.0, memory=memory, step=step)
         optimizer.step()
         torch.testing.assert_close(learned.shift, expected.detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_narrow_scales_are_numbers_of_both_dtypes() -> None:
+    scale = torch.logspace(-7, 6, 20001)
+    both = torch.cat([scale, -scale])
+    found = _stored(both, narrow=True)
+    assert torch.equal(found, found.half().float())
+    assert torch.equal(found, found.bfloat16().float())
+    inside = both.abs().clamp(SMALLEST_SCALE, LARGEST_NARROW) == both.abs()
+    assert float(((found - both).abs() / both.abs())[inside].max()) <= 2**-8
+    assert torch.equal(_stored(-both, narrow=True), -found)

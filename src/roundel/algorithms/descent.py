@@ -43,7 +43,7 @@ def learn(unit: Unit, how: SignRound) -> dict[str, Rounded]:
     evenly chosen. With keep_best False the last state is taken whatever its error.
     """
     inputs = mean_squares(unit, _stream(how))
-    plainly = {layer.name: encode(unit.weight(layer), layer.scheme.weight) for layer in unit.layers}
+    plainly = {layer.name: _plainly(unit, layer, how) for layer in unit.layers}
     kept: Mapping[str, QuantizedTensor] = plainly
     baseline = best = _error(unit, how, plainly)
     matrices = [_Matrix(layer, how, _begin(unit, layer, how, inputs, plainly)) for layer in unit.layers]
@@ -74,6 +74,14 @@ def _fallback(layer: Layer, inputs: Mapping[str, Inputs]) -> str | None:
     return None if layer.name in inputs else "no token reached it: it is rounded as learning would have started"
 
 
+def _plainly(unit: Unit, layer: Layer, how: SignRound) -> QuantizedTensor:
+    """Rounded to nearest, on scales of the dtype that is asked for."""
+    found = encode(unit.weight(layer), layer.scheme.weight)
+    if how.scale_dtype == "float16" or not layer.scheme.weight.is_plain_integer:
+        return found
+    return finish(begin(unit.weights[layer.tensor].contiguous(), found, narrow=True))
+
+
 def _begin(
     unit: Unit,
     layer: Layer,
@@ -86,7 +94,7 @@ def _begin(
     if how.start == "search" or (how.start == "auto" and not few):
         importance = inputs[layer.name].mean_square if layer.name in inputs else None
         start = search(unit.weight(layer), layer.scheme.weight, importance, torch.get_num_threads()).tensor
-    return begin(unit.weights[layer.tensor].contiguous(), start)
+    return begin(unit.weights[layer.tensor].contiguous(), start, narrow=how.scale_dtype == "bfloat16")
 
 
 def _states(unit: Unit, how: SignRound, matrices: Sequence[_Matrix]) -> Iterator[Mapping[str, QuantizedTensor]]:

@@ -20,7 +20,12 @@ from roundel.unit import Layer, Unit
 
 __all__ = ["SignRound"]
 
-CHOICES = {"start": ("auto", "search", "rtn"), "optimizer": ("sign", "adam"), "schedule": ("linear", "cosine")}
+CHOICES = {
+    "start": ("auto", "search", "rtn"),
+    "optimizer": ("sign", "adam"),
+    "schedule": ("linear", "cosine"),
+    "scale_dtype": ("float16", "bfloat16"),
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class SignRound(Algorithm):
     start       where learning starts: search (scales that minimize the error of each group, weighted by its inputs),
                 rtn (plain rounding), or auto: rtn on asymmetric grids of 2 bits, else search
     tune_range  whether range factors are learned too
+    scale_dtype   scales of integers are numbers of float16, in which files hold them; or bfloat16: of both, for readers
+                that round them to a bfloat16 model's dtype (transformers and vLLM with compressed-tensors)
     quantized_inputs   whether a unit's inputs come from the rounded units before it; the target never does
     keep_best   whether the best of several states is kept, by the error on a fixed set of samples; else the last
     batch_size  samples of a step: twice as many take twice the time and are no better (docs/algorithms.md)
@@ -57,6 +64,7 @@ class SignRound(Algorithm):
     optimizer: str = "sign"
     start: str = "auto"
     tune_range: bool = True
+    scale_dtype: str = "float16"
     quantized_inputs: bool = True
     keep_best: bool = True
     batch_size: int = 4

@@ -54,6 +54,7 @@ __all__ = [
 ]
 
 LARGEST_SCALE = 65504.0  # of float16
+LARGEST_NARROW = 65280.0  # the largest bfloat16 below it
 # Adam's betas. A first moment of long memory slows what it should steady: see docs/algorithms.md.
 FIRST, SECOND = 0.5, 0.99
 LEAST_SQUARE = 1e-36  # below, float32 has no digits left
@@ -72,6 +73,8 @@ class Learned:
     high     [out, blocks] factor of the range, or of its upper end; 1 at the start, kept within 0 and LARGEST_FACTOR
     lower, upper   [out, blocks] the range at the start. Symmetric integers: upper is the signed scale itself, and
              lower is not used. MX: upper is the largest magnitude
+    narrow   whether scales of integers are numbers that bfloat16 has too, so that readers who keep them in it lose
+             nothing
     """
 
     weight: Tensor
@@ -81,6 +84,7 @@ class Learned:
     high: Tensor
     lower: Tensor | None
     upper: Tensor
+    narrow: bool = False
 
     @property
     def columns(self) -> int:
@@ -123,10 +127,11 @@ class Memory:
     high: Moments
 
 
-def begin(weight: Tensor, start: QuantizedTensor) -> Learned:
+def begin(weight: Tensor, start: QuantizedTensor, narrow: bool = False) -> Learned:
     """The matrix [out, in] with shifts of 0, on the scales of `start`: it rounds to nearest on them.
 
     weight   float32, bfloat16 or float16
+    narrow   see Learned
     """
     grid, scale = start.grid, plain(start.scale)
     ones = torch.ones_like(scale)
@@ -149,6 +154,7 @@ def begin(weight: Tensor, start: QuantizedTensor) -> Learned:
         high=ones,
         lower=lower,
         upper=upper,
+        narrow=narrow,
     )
 
 
@@ -163,9 +169,9 @@ def fit_range(learned: Learned) -> Range:
         scale = decode_e8m0(fit_power_of_two(high[..., None], grid))
         return Range(scale=scale, zero=torch.zeros_like(scale))
     if learned.low is None or learned.lower is None:
-        return Range(scale=_half(high), zero=torch.zeros_like(high))
+        return Range(scale=_stored(high, learned.narrow), zero=torch.zeros_like(high))
     low = learned.lower * learned.low
-    scale = _half((high - low) / grid.element.hi)
+    scale = _stored((high - low) / grid.element.hi, learned.narrow)
     return Range(scale=scale, zero=torch.round(-low / scale).clamp(grid.lowest_zero, grid.element.hi))
 
 
@@ -351,8 +357,11 @@ def _flat(blocks: Tensor, learned: Learned) -> Tensor:
     return blocks.flatten(1)[:, : learned.weight.shape[1]].contiguous()
 
 
-def _half(scale: Tensor) -> Tensor:
-    """Rounded to float16, at least SMALLEST_SCALE in magnitude and finite; float32."""
+def _stored(scale: Tensor, narrow: bool) -> Tensor:
+    """Rounded to float16, at least SMALLEST_SCALE in magnitude and finite; float32. narrow: to bfloat16 first."""
+    # Of what bfloat16 has, float16 takes all within its range: below 2^-14 both are multiples of its least number.
     smallest = torch.tensor(SMALLEST_SCALE, dtype=torch.float16).item()
-    half = scale.half().float().clamp(-LARGEST_SCALE, LARGEST_SCALE)
+    largest = LARGEST_NARROW if narrow else LARGEST_SCALE
+    scale = scale.bfloat16().float() if narrow else scale
+    half = scale.half().float().clamp(-largest, largest)
     return torch.where(half < 0, half.clamp(max=-smallest), half.clamp(min=smallest))
