@@ -301,6 +301,13 @@ def test_wishes_without_sense(wish: dict[str, Any], message: str, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
+def test_tokens_of_another_model_are_refused(tmp_path: Path) -> None:
+    model = build("llama", tmp_path / "model")
+    with pytest.raises(RecipeError, match=r"holds token 100000, and model\.embed_tokens\.weight .* rows for 0 to"):
+        roundel.quantize(model, tmp_path / "out", algorithm="gptq", dataset=[[1, 100_000] * 8], nsamples=1, seqlen=16)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("sym", [True, False])
 def test_groups_by_activation_move_to_formats_that_hold_them(sym: bool, tmp_path: Path, data: Path) -> None:
     """GPTQ's act_order goes from version 1 to 2 and back without rounding, and is decoded for what cannot hold it."""

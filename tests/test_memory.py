@@ -78,3 +78,27 @@ def test_measuring_four_times_the_layers_takes_the_same_memory(tmp_path: Path) -
         run("eval", str(tmp_path / f"o{layers}"), *options)  # compiles kernels, where nobody has
         peaks[layers] = int(run("eval", str(tmp_path / f"o{layers}"), *options).split()[-1])
     assert peaks[16] < 1.1 * peaks[4], peaks
+
+
+FREED = """
+from roundel.memory import give_back
+
+def held():
+    return int(open("/proc/self/statm").read().split()[1])
+
+kept = [(bytearray(60000), bytearray(16)) for _ in range(3000)]
+ends = [small for _, small in kept]
+full = held()
+del kept
+freed = held()
+give_back()
+print(full - freed, freed - held())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is a function of glibc's")
+def test_what_the_c_library_keeps_is_given_back() -> None:
+    """Small pieces that are still used lie between what was freed, so that it is kept until it is asked for."""
+    run = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
+    by_itself, given_back = map(int, run.stdout.split())
+    assert given_back > 20_000 > by_itself  # pages of 4096 bytes, of 44,000

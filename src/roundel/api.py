@@ -127,6 +127,7 @@ def calibration_of(
         seed=recipe.seed,
         trust_remote_code=trust_remote_code,
     )
+    _check_ids(found.tokens, checkpoint)
     notes = found.notes
     if seqlen < recipe.seqlen:
         notes = (f"samples have {seqlen} tokens, not {recipe.seqlen}: the model takes no more", *notes)
@@ -138,6 +139,19 @@ def calibration_of(
         trust_remote_code=trust_remote_code,
         tick=tick or (lambda name, done, text: None),
     )
+
+
+def _check_ids(tokens: Tensor, checkpoint: Checkpoint) -> None:
+    """Raises RecipeError for a token that the model's embedding has no row for."""
+    embedding = checkpoint.family.embedding
+    if embedding not in checkpoint.tensor_names:
+        return  # the model is asked when its blocks are built
+    highest, rows = int(tokens.max()), checkpoint.shape(embedding)[0]
+    if highest >= rows:
+        raise RecipeError(
+            f"The dataset holds token {highest}, and {embedding} of {checkpoint.source.name} has rows for 0 to "
+            f"{rows - 1}. Give text, or the ids of this model's own tokenizer."
+        )
 
 
 def _saved(model: str | Path | nn.Module, held: ExitStack) -> str | Path:

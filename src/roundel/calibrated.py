@@ -20,7 +20,7 @@ from roundel.io.journal import Journal
 from roundel.io.safetensors import Shard
 from roundel.io.source import LocalFiles
 from roundel.matrices import Demoted, as_bytes, errors_of, finite, sound
-from roundel.memory import peak_memory
+from roundel.memory import give_back, peak_memory
 from roundel.output import FRONTIER
 from roundel.planning import Plan, Work, part_of
 from roundel.report import LOG, Progress, Row, row_of
@@ -186,6 +186,7 @@ class Units:
             self._advance(block, weights, streams["float"], behind["float"])
         unit, notes = self._transformed(self._make(work, block, weights, streams, behind))
         rounded = with_input_scales(unit, self.chain.algorithm.quantize(unit))
+        give_back()
         row = self._write(work, unit, weights, rounded, notes)
         seconds = time.perf_counter() - started
         if not is_last:
@@ -193,6 +194,7 @@ class Units:
             found: dict[str, Tensor | Decodable] = dict(unit.weights)
             found |= {layer.tensor: rounded[layer.name].tensor for layer in work.layers}
             del unit, weights, rounded
+            give_back()
             self._advance(block, found, streams["quantized"], behind["quantized"])
             del found
             behind.setdefault("float", behind["quantized"])
@@ -278,7 +280,7 @@ class Units:
         """Pack every layer and put it to its place; what stays goes with its new numbers where a transform moved it."""
         rows: list[Row] = []
         for layer in work.layers:
-            result = sound(layer, unit.weight(layer), rounded[layer.name], strict=self.recipe.strict)
+            result = sound(layer, unit.weights[layer.tensor], rounded[layer.name], strict=self.recipe.strict)
             nbytes = [0] * len(self.shards)
             for number, output in enumerate(self.plan.outputs):
                 for part, tensor in output.format.pack(layer, result.tensor).items():

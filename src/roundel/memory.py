@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from pathlib import Path
 
-__all__ = ["forget_peak", "free_memory", "peak_memory"]
+__all__ = ["forget_peak", "free_memory", "give_back", "peak_memory"]
 
 
 def free_memory() -> int:
@@ -33,6 +34,14 @@ def forget_peak() -> bool:
     except OSError:
         return False
     return True
+
+
+def give_back() -> None:
+    """Let the system have what was freed and the C library keeps for itself, where it can be asked to."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim is not None:
+            trim(0)
 
 
 def _line(file: str, name: str) -> int | None:

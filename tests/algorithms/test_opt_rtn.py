@@ -16,6 +16,7 @@ from roundel.algorithms.inputs import mean_squares
 from roundel.algorithms.opt_rtn import OptRtn
 from roundel.errors import RecipeError
 from roundel.ops.encode import encode
+from roundel.ops.fit import grouped
 from roundel.scheme import ELEMENTS, Grid, Scheme
 from roundel.unit import Layer, Stream, Unit
 
@@ -72,6 +73,29 @@ def test_outputs_on_other_inputs_err_less(scheme: str) -> None:
     alike = {name: r.tensor.decode() for name, r in OptRtn().quantize(without_data(unit)).items()}
     counted = {name: r.tensor.decode() for name, r in OptRtn(imatrix=True).quantize(unit).items()}
     assert lost(counted) < lost(alike) < lost(plain)
+
+
+@pytest.mark.parametrize("imatrix", [False, True])
+@pytest.mark.parametrize("scheme", ["W2A16G32", "W2A16G32_ASYM", "W3A16G-1", "W4A16G48"])
+def test_unbiased_scales_keep_weights_as_long_as_they_are(scheme: str, imatrix: bool) -> None:
+    unit = make_unit(scheme, samples=6)
+    widened, found = (OptRtn(imatrix=imatrix, unbiased=u).quantize(unit) for u in (True, False))
+    inputs = entering(unit)
+    for layer in unit.layers:
+        ours, before = widened[layer.name], found[layer.name]
+        weight, columns = unit.weight(layer).double(), layer.scheme.weight.block_of(layer.shape)[1]
+        counted = inputs[layer.name].double().square().mean(0) if imatrix else torch.ones(layer.shape[1])
+        length, met, short = (
+            grouped(weight * other * counted, columns).sum(-1)
+            for other in (weight, ours.tensor.decode().double(), before.tensor.decode().double())
+        )
+        assert torch.equal(ours.tensor.codes, before.tensor.codes)
+        assert torch.allclose(met, length, rtol=2e-3)
+        assert float((short / length).mean()) < 0.998
+        assert before.error < ours.error < ours.baseline  # plain rounding's, widened alike
+        assert ours.error == pytest.approx(
+            float(((ours.tensor.decode().double() - weight).square() * counted).sum()), rel=1e-4
+        )
 
 
 def test_mean_squares_are_of_the_quantized_stream() -> None:

@@ -27,6 +27,8 @@ class OptRtn(Algorithm):
     """Rounding to nearest with searched scales.
 
     imatrix      weights are counted by the mean square of the inputs they meet, which needs data
+    unbiased     scales are then widened until the rounded weights are as long as the weights (`ops.unbiased`): single
+                 weights err a little more and outputs no longer shrink, which pays at 2 and 3 bits
     min_tokens   with imatrix: a layer that saw fewer is searched as without
     """
 
@@ -35,6 +37,7 @@ class OptRtn(Algorithm):
     paper: ClassVar[str] = "the search of llama.cpp's make_qx_quants and auto-round's optimized RTN, made nearly exact"
 
     imatrix: bool = False
+    unbiased: bool = False
     min_tokens: int = 64
 
     def __post_init__(self) -> None:
@@ -53,6 +56,8 @@ class OptRtn(Algorithm):
             known = grid.is_mx or (grid.element.name == "e2m1" and isinstance(grid.scale, Grid))
         if grid.block[0] != 1 or not known:
             return f"opt-rtn rounds to integers, MX floats, NVFP4 and ggml's types, not to {layer.scheme.name}"
+        if self.unbiased and not grid.is_plain_integer:
+            return f"opt-rtn widens scales of integers (unbiased), not of {layer.scheme.name}"
         return misfit(layer)
 
     def quantize(self, unit: Unit) -> dict[str, Rounded]:
@@ -64,7 +69,9 @@ class OptRtn(Algorithm):
         return {layer.name: self._one(unit, layer, inputs.get(layer.name), threads) for layer in unit.layers}
 
     def _one(self, unit: Unit, layer: Layer, inputs: Inputs | None, threads: int) -> Rounded:
-        from roundel.ops.search import search
+        from roundel.ops.encode import encode
+        from roundel.ops.search import Searched, search, squared_error
+        from roundel.ops.unbiased import unbiased
 
         importance, fallback = None, None
         tokens = inputs.tokens if inputs is not None else 0
@@ -74,6 +81,13 @@ class OptRtn(Algorithm):
             seen = f"{tokens} tokens reached it, fewer than {self.min_tokens}" if tokens else "no token reached it"
             fallback = f"{seen}: searched without their weight"
         found = search(unit.weight(layer), layer.scheme.weight, importance, threads)
+        if self.unbiased:  # compared with plain rounding under scales of the same kind
+            weight = unit.weights[layer.tensor]
+            ours, plainly = (
+                unbiased(weight, each, importance) for each in (found.tensor, encode(weight, layer.scheme.weight))
+            )
+            error, baseline = (squared_error(weight, each, importance) for each in (ours, plainly))
+            found = Searched(tensor=ours, error=error, baseline=baseline)
         return Rounded(
             tensor=found.tensor,
             error=found.error,
