@@ -7,7 +7,7 @@ Matrices may be given as they are stored, or rounded; they are widened one by on
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,13 +87,28 @@ class Block:
         every_expert   experts are shown all tokens, not those routed to them; what the block computes is the same
         A module that no token reaches is not seen. The pass ends early once all are.
         """
-        looking = _Looking({self.path(m): m for m in modules}, see, self._repeated)
+        if modules:
+            with suppress(_Enough):
+                self._shown(x, weights, see, modules, every_expert)
+
+    def observed(
+        self, x: Tensor, weights: Weights, see: See, modules: Collection[str], every_expert: bool = False
+    ) -> Tensor:
+        """`observe` to the end: the output on x."""
+        return self._shown(x, weights, see, modules, every_expert, to_the_end=True)
+
+    def _shown(
+        self,
+        x: Tensor,
+        weights: Weights,
+        see: See,
+        modules: Collection[str],
+        every_expert: bool,
+        to_the_end: bool = False,
+    ) -> Tensor:
+        looking = _Looking({self.path(m): m for m in modules}, see, self._repeated, to_the_end)
         with torch.no_grad(), looking.hooks(self._module, every_expert):
-            try:
-                if modules:
-                    self._computed(x, weights)
-            except _Enough:
-                pass
+            return self._computed(x, weights)
 
     def calls(self, x: Tensor, weights: Weights, module: str) -> Call:
         """What enters a module: a matrix, what holds it, or the block itself.
@@ -180,10 +195,10 @@ class Blocks:
     ) -> None:
         last = max((n for n, block in enumerate(self._blocks) if not set(block.modules).isdisjoint(modules)), default=0)
         with torch.no_grad():
-            for number, block in enumerate(self._blocks[: last + 1]):
-                block.observe(x, weights, see, [m for m in modules if m in block.modules], every_expert)
-                if number < last:
-                    x = block.forward(x, weights)
+            for block in self._blocks[:last]:
+                x = block.observed(x, weights, see, [m for m in modules if m in block.modules], every_expert)
+            block = self._blocks[last]
+            block.observe(x, weights, see, [m for m in modules if m in block.modules], every_expert)
 
     def calls(self, x: Tensor, weights: Weights, module: str) -> Call:
         home = self._home(module)
@@ -206,13 +221,14 @@ class Blocks:
 class _Looking:
     """Hooks that show what enters modules, and end the pass when all have been seen.
 
-    asked   path in the block -> the name to show it under
+    asked        path in the block -> the name to show it under
+    to_the_end   whether the pass goes on all the same
     """
 
-    def __init__(self, asked: Mapping[str, str], see: See, repeated: Collection[str]) -> None:
+    def __init__(self, asked: Mapping[str, str], see: See, repeated: Collection[str], to_the_end: bool) -> None:
         self.asked, self.see = asked, see
         self.missing = set(asked)
-        self.never_enough = any(path in repeated for path in asked)
+        self.never_enough = to_the_end or any(path in repeated for path in asked)
         self.by_themselves: set[str] = set()  # experts' matrices, which are shown all tokens in a pass of their own
         self.alone = False
 
