@@ -109,14 +109,17 @@ def duels(iters: int) -> tuple[Duel, ...]:
             looks_at_data=False,
             peers=(plain, _llm_compressor("RTN", modifier="rtn", looks_at_data=False)),
         ),
-        Duel(
-            algorithm="opt-rtn",
-            options=("--imatrix",),
-            peers=(
-                _auto_round("opt-RTN", iters=0, opt_rtn=True, grids=("sym",)),
-                _auto_round("opt-RTN, bfloat16", iters=0, opt_rtn=True, bf16=True, grids=("sym",)),
-                Peer(**{**vars(plain), "grids": ("asym",)}),
-            ),
+        *(
+            Duel(
+                algorithm="opt-rtn",
+                options=options,
+                peers=(
+                    _auto_round("opt-RTN", iters=0, opt_rtn=True, grids=("sym",)),
+                    _auto_round("opt-RTN, bfloat16", iters=0, opt_rtn=True, bf16=True, grids=("sym",)),
+                    Peer(**{**vars(plain), "grids": ("asym",)}),
+                ),
+            )
+            for options in (("--imatrix",), ("--imatrix", "--unbiased"))
         ),
         Duel(
             algorithm="signround",

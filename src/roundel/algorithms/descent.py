@@ -23,6 +23,7 @@ from roundel.algorithms.inputs import Inputs, mean_squares
 from roundel.ops.encode import encode
 from roundel.ops.learned_rounding import Learned, begin, descend, finish, fit_range, remember, round_matrix
 from roundel.ops.search import search
+from roundel.ops.unbiased import unbiased
 from roundel.tensor import QuantizedTensor
 from roundel.unit import Decodable, Layer, Stream, Unit
 
@@ -89,12 +90,14 @@ def _begin(
     inputs: Mapping[str, Inputs],
     plainly: Mapping[str, QuantizedTensor],
 ) -> Learned:
-    start = plainly[layer.name]
-    few = layer.scheme.bits <= 2 and not layer.scheme.weight.symmetric
-    if how.start == "search" or (how.start == "auto" and not few):
+    start, weight = plainly[layer.name], unit.weights[layer.tensor]
+    few = layer.scheme.bits <= 2
+    if how.start == "search" or (how.start == "auto" and not (few and not layer.scheme.weight.symmetric)):
         importance = inputs[layer.name].mean_square if layer.name in inputs else None
-        start = search(unit.weight(layer), layer.scheme.weight, importance, torch.get_num_threads()).tensor
-    return begin(unit.weights[layer.tensor].contiguous(), start, narrow=how.scale_dtype == "bfloat16")
+        start = search(weight, layer.scheme.weight, importance, torch.get_num_threads()).tensor
+        if few and layer.scheme.weight.is_plain_integer:
+            start = unbiased(weight, start, importance)
+    return begin(weight.contiguous(), start, narrow=how.scale_dtype == "bfloat16")
 
 
 def _states(unit: Unit, how: SignRound, matrices: Sequence[_Matrix]) -> Iterator[Mapping[str, QuantizedTensor]]:

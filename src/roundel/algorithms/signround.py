@@ -38,8 +38,9 @@ class SignRound(Algorithm):
     minmax_lr   first step size of the range factors; none: lr
     schedule    how step sizes fall to 0: linear or cosine
     optimizer   sign (signed gradient descent) or adam (AdamW without decay)
-    start       where learning starts: search (scales that minimize the error of each group, weighted by its inputs),
-                rtn (plain rounding), or auto: rtn on asymmetric grids of 2 bits, else search
+    start       where learning starts: search (scales that minimize the error of each group, weighted by its inputs; of
+                2 bits, then widened as by opt-rtn's unbiased), rtn (plain rounding), or auto: rtn on asymmetric grids
+                of 2 bits, else search
     tune_range  whether range factors are learned too
     scale_dtype   scales of integers are numbers of float16, in which files hold them; or bfloat16: of both, for readers
                 that round them to a bfloat16 model's dtype (transformers and vLLM with compressed-tensors)
