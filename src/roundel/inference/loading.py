@@ -28,7 +28,7 @@ from roundel.inference.linear import QuantLinear, StoredEmbedding, StoredLinear
 from roundel.inference.room import check_room
 from roundel.tensor import QuantizedTensor, plain
 
-__all__ = ["load"]
+__all__ = ["chosen_backends", "device_named", "fill", "load"]
 
 SIXTEEN = (torch.bfloat16, torch.float16)
 
@@ -55,7 +55,7 @@ def load(
     Raises SourceError for a broken checkpoint, PlanError for a model that transformers does not know, BackendError when
     no backend, or not the one asked for, takes a layer, or the memory is too small.
     """
-    where = _device(device)
+    where = device_named(device)
     with tempfile.TemporaryDirectory(prefix="roundel-") as work:
         checkpoint = open_checkpoint(path, revision, Path(work))
         try:
@@ -67,10 +67,33 @@ def load(
 
 def _loaded(checkpoint: Checkpoint, device: str, backend: str | None, dtype: torch.dtype, trusted: bool) -> nn.Module:
     folder = checkpoint.source.small_folder()
-    backends = {name: choose(layer, device, backend) for name, layer in checkpoint.layers.items()}
-    _name_absent(checkpoint, backends, device)
+    backends = chosen_backends(checkpoint, device, backend)
     check_room(checkpoint, device, dtype)
     model = empty_model(checkpoint.source.config, folder, dtype, trust_remote_code=trusted)
+    fill(model, checkpoint, device, dtype, backends)
+    if checkpoint.reader is not None and backends:
+        from roundel.inference.kept import Kept, StoredConfig
+
+        known: Any = model
+        known.hf_quantizer = Kept(StoredConfig({"quant_method": checkpoint.reader.name}))
+    _generation(model, folder)
+    return model
+
+
+def chosen_backends(checkpoint: Checkpoint, device: str, backend: str | None) -> dict[str, Backend]:
+    """The backend of each rounded layer, by module name. See `load` for `backend` and what is raised."""
+    backends = {name: choose(layer, device, backend) for name, layer in checkpoint.layers.items()}
+    _name_absent(checkpoint, backends, device)
+    return backends
+
+
+def fill(
+    model: nn.Module, checkpoint: Checkpoint, device: str, dtype: torch.dtype, backends: Mapping[str, Backend]
+) -> None:
+    """Give a model whose tensors are on the meta device those of a checkpoint, its rounded layers packed.
+
+    Raises SourceError when a tensor is missing or has another shape, PlanError when a module takes no rounded layer.
+    """
     spelling = spelling_of(model, checkpoint.tensor_names)
     fill_buffers(model, spelling.tensors, device)
     unfuse(model, spelling.experts)
@@ -78,8 +101,6 @@ def _loaded(checkpoint: Checkpoint, device: str, backend: str | None, dtype: tor
     for name, tensor in spelling.tensors.items():
         filling.put(name, tensor)
     filling.tie()
-    _generation(model, folder)
-    return model
 
 
 class _Filling:
@@ -198,7 +219,11 @@ def _misfit(tensor: str, found: tuple[int, ...], wanted: torch.Size) -> SourceEr
     )
 
 
-def _device(device: str | torch.device) -> str:
+def device_named(device: str | torch.device) -> str:
+    """A device as backends are told it: "cpu", "cuda:0".
+
+    Raises RecipeError for one that torch does not know, BackendError for one that is not there.
+    """
     try:
         found = torch.device(device)
     except RuntimeError as error:
