@@ -120,7 +120,7 @@ def answered(model: nn.Module, tokenizer: Any, turns: Turns, write: Write, drawi
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """The tokens of a prompt. Raises RecipeError where there are none."""
-    ids: list[int] = tokenizer.encode(prompt)
+    ids: list[int] = tokenizer.encode(prompt, verbose=False)  # too long a prompt is told of later
     if not ids:
         raise RecipeError("An empty prompt cannot be continued. Give at least one word.")
     return ids
@@ -135,7 +135,9 @@ def turn_ids(tokenizer: Any, turns: Turns) -> list[int]:
             "The tokenizer has no chat template, so the model was not made for conversations. Use `roundel generate`."
         )
     try:
-        ids: list[int] = tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, return_dict=False)
+        ids: list[int] = tokenizer.apply_chat_template(
+            list(turns), add_generation_prompt=True, return_dict=False, tokenizer_kwargs={"verbose": False}
+        )
     except TemplateError as error:
         raise SourceError(f"The chat template refuses this conversation ({error}).") from error
     return ids
