@@ -83,7 +83,7 @@ def test_what_is_refused(is_chat: bool, fields: dict[str, Any], param: str | Non
     assert caught.value.param == param and 400 <= caught.value.status < 500
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"prompt": "\\ud800"}'])
 def test_bodies_that_are_no_request(body: bytes) -> None:
     with pytest.raises(Refusal, match="body is no JSON"):
         read_request(body, "served", is_chat=False)

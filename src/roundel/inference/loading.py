@@ -6,11 +6,11 @@ The model class is built without numbers (`calibration/architecture.py`), expert
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from roundel.families import text_config
 from roundel.inference.backends import Backend, better_but_absent, choose
 from roundel.inference.linear import QuantLinear, StoredEmbedding, StoredLinear
 from roundel.inference.room import check_room
-from roundel.tensor import QuantizedTensor, plain
+from roundel.tensor import plain
 
 __all__ = ["chosen_backends", "device_named", "fill", "load"]
 
@@ -171,7 +171,7 @@ class _Filling:
         if not bool(torch.isfinite(plain(quantized.scale)).all()):
             raise SourceError(f"{matrix.name}: a stored scale is not finite. The file is damaged; fetch it again.")
         backend = self.backends[matrix.name]
-        kernel = backend.make(layer, _moved(quantized, self.device))
+        kernel = backend.make(layer, quantized.to(self.device))
         self._replace(path, QuantLinear(matrix.name, backend.name, self.device, kernel, matrix.shape))
 
     def _replace(self, path: str, made: QuantLinear | StoredLinear) -> None:
@@ -191,25 +191,6 @@ class _Filling:
         place = module._buffers.get(part) if place is None else place
         if place is not None and place.shape != value.shape:
             raise _misfit(tensor, tuple(value.shape), place.shape)
-
-
-def _moved(quantized: QuantizedTensor, device: str) -> QuantizedTensor:
-    """The same numbers on a device."""
-    if device == "cpu":
-        return quantized
-    scale, offset = quantized.scale, quantized.offset
-    return replace(
-        quantized,
-        codes=quantized.codes.to(device),
-        scale=_moved(scale, device) if isinstance(scale, QuantizedTensor) else scale.to(device),
-        zero=None if quantized.zero is None else quantized.zero.to(device),
-        offset=_moved(offset, device) if isinstance(offset, QuantizedTensor) else _or_none(offset, device),
-        group_index=None if quantized.group_index is None else quantized.group_index.to(device),
-    )
-
-
-def _or_none(tensor: Tensor | None, device: str) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
 
 
 def _misfit(tensor: str, found: tuple[int, ...], wanted: torch.Size) -> SourceError:
@@ -278,6 +259,18 @@ def _generation(model: nn.Module, folder: Path) -> None:
     if (folder / "generation_config.json").exists():
         known: Any = model
         try:
-            known.generation_config = GenerationConfig.from_pretrained(folder)
+            found = GenerationConfig.from_pretrained(folder)
         except (OSError, ValueError, TypeError) as error:
             raise SourceError(f"generation_config.json cannot be read ({error}). Fetch it again.") from error
+        stated = found.to_dict()
+        for name, highest in (("temperature", math.inf), ("top_p", 1)):
+            value = stated.get(name)
+            if stated.get("do_sample") and value is not None and not _is_share(value, highest):
+                raise SourceError(
+                    f"generation_config.json says {name}={value!r}, which is not possible. Fetch it again."
+                )
+        known.generation_config = found
+
+
+def _is_share(value: object, highest: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= highest

@@ -140,6 +140,8 @@ def turn_ids(tokenizer: Any, turns: Turns) -> list[int]:
         )
     except TemplateError as error:
         raise SourceError(f"The chat template refuses this conversation ({error}).") from error
+    if not ids:
+        raise SourceError("The chat template makes nothing of this conversation. Use `roundel generate`.")
     return ids
 
 

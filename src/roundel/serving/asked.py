@@ -71,6 +71,7 @@ def read_request(body: bytes, served: str, *, is_chat: bool) -> Asked:
     """A request's body. served: the model's name. Raises Refusal."""
     try:
         wish = json.loads(body)
+        json.dumps(wish, ensure_ascii=False).encode()  # half a character, which JSON can say, is none
     except (ValueError, RecursionError) as error:
         raise Refusal(f"The body is no JSON ({error}).") from error
     if not isinstance(wish, dict):
