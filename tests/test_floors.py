@@ -25,6 +25,7 @@ FLOORS = (  # from the lowest; a part imports only from rows above its own, and 
     ("pipeline",),
     ("api",),
     ("evaluation", "inference"),
+    ("serving",),
     ("cli",),
     ("__main__",),
 )

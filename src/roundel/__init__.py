@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from roundel.inference.registration import register_when_imported
+
 __version__ = "0.1.0"
-__all__ = ["Recipe", "Scheme", "__version__", "load", "plan", "quantize"]
+__all__ = ["Recipe", "Scheme", "__version__", "load", "plan", "quantize", "register"]
 
 if TYPE_CHECKING:
     from roundel.api import plan, quantize
     from roundel.inference.loading import load
+    from roundel.inference.registration import register
     from roundel.recipe import Recipe
     from roundel.scheme import Scheme
 
@@ -19,7 +22,9 @@ _HOMES = {
     "load": "roundel.inference.loading",
     "plan": "roundel.api",
     "quantize": "roundel.api",
+    "register": "roundel.inference.registration",
 }
+register_when_imported()
 
 
 def __getattr__(name: str) -> object:

@@ -7,8 +7,8 @@ gives torch's. Importing this file does not import torch.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from roundel.errors import GridError
 from roundel.scheme import Grid
@@ -106,6 +106,14 @@ class QuantizedTensor:
             values = values * spread(scale, self, part)
             weights[part] = values if offset is None else values + spread(offset, self, part)
         return weights
+
+    def to(self, device: str) -> QuantizedTensor:
+        """The same numbers on a device."""
+        if self.codes.device.type == device == "cpu":
+            return self
+        parts = ("codes", "scale", "zero", "offset", "group_index", "input_scale")
+        values: dict[str, Any] = {name: getattr(self, name) for name in parts}
+        return replace(self, **{name: value.to(device) for name, value in values.items() if value is not None})
 
 
 def code_values(codes: Tensor, grid: Grid) -> Tensor:

@@ -74,6 +74,8 @@ def test_the_best_are_those_that_no_other_beats() -> None:
         (("eval", "MODEL", "--kl-against", "MODEL"), 2, "--kl-against compares predictions of a text"),
         (("eval", "MODEL", "--ppl", "nofile.txt"), 5, "there is no such file"),
         (("eval", "MODEL", "--ppl", "bundled", "--window", "600"), 2, "tinybook takes 512 tokens, not 600"),
+        (("eval", "MODEL", "--ppl", "bundled", "--device", "gpu"), 2, "Unknown device 'gpu'"),
+        (("eval", "MODEL", "--ppl", "bundled", "--backend", "vllm"), 2, "--backend is what runs tasks"),
         (("eval", "nowhere/at/all", "--ppl", "bundled"), 5, "nowhere/at/all"),
         (("compare", "MODEL", "--ppl", "bundled"), 2, "There is nothing to compare with"),
     ],

@@ -84,6 +84,22 @@ def test_no_chat_template(rounded: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert found.code == 5 and "no chat template" in found.error and "roundel generate" in found.error
 
 
+def test_a_template_that_says_nothing(rounded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = talking(rounded, tmp_path / "talking")
+    (folder / "chat_template.jinja").write_text("{# nothing #}")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+    found = command("chat", folder)
+    assert found.code == 5 and "makes nothing of this conversation" in found.error
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": "hot"}, {"temperature": 0}, {"top_p": 3}])
+def test_a_generation_config_that_is_not_possible(rounded: Path, tmp_path: Path, wrong: dict[str, object]) -> None:
+    folder = shutil.copytree(rounded, tmp_path / "out")
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": True} | wrong))
+    found = command("generate", folder, PROMPT)
+    assert found.code == 5 and f"says {next(iter(wrong))}=" in found.error
+
+
 def test_no_tokenizer(rounded: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(rounded, tmp_path / "out", ignore=shutil.ignore_patterns("tokenizer*"))
     found = command("generate", folder, PROMPT)

@@ -6,11 +6,14 @@ tested.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +21,9 @@ import torch
 from commands import Outcome, command
 from roundel.api import quantize
 from roundel.data.bundled import bundled_model, bundled_text
+from roundel.errors import RecipeError
 from roundel.evaluation.means import Mean
-from roundel.evaluation.tasks import Score, TaskRun, differences
+from roundel.evaluation.tasks import Score, TaskRun, differences, run_tasks, vllm_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = Path(os.environ.get("ROUNDEL_PEERS", ROOT / ".peers")) / "lmeval" / "bin" / "python"
@@ -114,6 +118,54 @@ def test_its_absence_names_the_command() -> None:
     done = command("eval", bundled_model(), "--tasks", "hellaswag")
     assert done.code == 2
     assert "pip install 'roundel[tasks]'" in done.error
+
+
+VLLM = vllm_arguments(Path("out"), Path("words"), 8, False)
+
+
+@installed
+def test_the_vllm_backend_has_these_arguments() -> None:
+    """Its file is only read: it imports vLLM, which needs a GPU."""
+    (file,) = PYTHON.parents[1].glob("lib/python*/site-packages/lm_eval/models/vllm_causallms.py")
+    (made,) = (
+        function
+        for kind in ast.walk(ast.parse(file.read_text()))
+        if isinstance(kind, ast.ClassDef) and kind.name == "VLLM"
+        for function in kind.body
+        if isinstance(function, ast.FunctionDef) and function.name == "__init__"
+    )
+    assert set(VLLM) <= {argument.arg for argument in (*made.args.args, *made.args.kwonlyargs)}
+
+
+def test_the_vllm_backend_is_given_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM needs a GPU, so what it would be called with is looked at."""
+    heard = []
+    made = SimpleNamespace(VLLM=lambda **arguments: heard.append(arguments) or "model")
+    monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", made)  # type: ignore[arg-type]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr("roundel.evaluation.tasks._known", lambda tasks, include: ("manager", list(tasks)))
+    monkeypatch.setattr("roundel.evaluation.tasks._run", lambda model, name, manager, limit: (model, name, limit))
+    found = run_tasks(tmp_path, ["a", "b"], runtime="vllm", limit=3)
+    assert found == [("model", "a", 3), ("model", "b", 3)]
+    assert heard == [
+        {
+            "pretrained": str(tmp_path),
+            "tokenizer": None,
+            "dtype": "auto",
+            "batch_size": "auto",
+            "trust_remote_code": False,
+        }
+    ]
+    assert VLLM["tokenizer"] == "words" and VLLM["batch_size"] == 8
+    monkeypatch.setattr("roundel.evaluation.tasks.check_device", lambda device: None)
+    with pytest.raises(RecipeError, match="Set CUDA_VISIBLE_DEVICES"):
+        run_tasks(tmp_path, ["a"], runtime="vllm", device="cuda:1")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed beside roundel")
+def test_vllm_s_absence_names_the_command() -> None:
+    done = command("eval", bundled_model(), "--tasks", "hellaswag", "--backend", "vllm")
+    assert done.code == 2 and "pip install 'lm_eval[vllm]'" in done.error
 
 
 def test_differences_are_paired_by_question() -> None:

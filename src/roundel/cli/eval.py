@@ -33,7 +33,14 @@ __all__ = ["eval_"]
 @click.option("--tasks", metavar="NAME[,NAME]", help="Tasks of lm-evaluation-harness; patterns with * are allowed.")
 @click.option("--include-path", type=click.Path(path_type=Path), metavar="FOLDER", help="Task YAMLs of your own.")
 @click.option(
-    "--eval-bs", type=click.IntRange(min=1), default=1, show_default=True, help="Questions at once, in tasks."
+    "--eval-bs", type=click.IntRange(min=1), help="Questions at once, in tasks. [default: 1; what vLLM likes]"
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["hf", "vllm"]),
+    default="hf",
+    show_default=True,
+    help="What runs tasks: transformers on decoded weights, or vLLM on the checkpoint as it is.",
 )
 @passage_options
 def eval_(
@@ -43,7 +50,8 @@ def eval_(
     per_position: Path | None,
     tasks: str | None,
     include_path: Path | None,
-    eval_bs: int,
+    eval_bs: int | None,
+    backend: str,
     json_file: Path | None,
     **options: Any,
 ) -> None:
@@ -58,6 +66,7 @@ def eval_(
       roundel eval ./out --ppl wikitext:split=test --kl-against ./model --limit 40
       roundel eval ./out --ppl chats.jsonl:apply_chat_template --window 1024 --stride 512 --json numbers.json
       roundel eval ./out --tasks mytask --include-path ./tasks --limit 100 --eval-bs 8
+      roundel eval ./out --tasks gsm8k --backend vllm
     """
     from roundel.cli.show import console
     from roundel.errors import RecipeError
@@ -67,6 +76,8 @@ def eval_(
         asked = "--kl-against compares predictions of a text" if source else "There is nothing to measure"
         more = "" if source else "; or name --tasks"
         raise RecipeError(f"{asked}: pass one with --ppl, such as --ppl mytext.txt or --ppl bundled{more}.")
+    if backend != "hf" and tasks is None:
+        raise RecipeError("--backend is what runs tasks: name some with --tasks, or leave it out.")
     models = [model] if source is None else [source, model]
     numbers: dict[str, object] = {}
     if text is not None:
@@ -77,12 +88,17 @@ def eval_(
         numbers["perplexity"] = found.to_dict()
         write_json(json_file, numbers)
     if tasks is not None:
-        numbers["tasks"] = _tasks(models, tasks.split(","), include_path, eval_bs, options)
+        numbers["tasks"] = _tasks(models, tasks.split(","), include_path, eval_bs, backend, options)
         write_json(json_file, numbers)
 
 
 def _tasks(
-    models: Sequence[str], tasks: Sequence[str], include: Path | None, batch: int, options: dict[str, Any]
+    models: Sequence[str],
+    tasks: Sequence[str],
+    include: Path | None,
+    batch: int | None,
+    runtime: str,
+    options: dict[str, Any],
 ) -> list[dict[str, object]]:
     """Run and print tasks, on every model."""
     from roundel.cli.show import console
@@ -103,6 +119,9 @@ def _tasks(
                     batch=batch,
                     limit=options["limit"],
                     tokenizer=options["tokenizer"],
+                    runtime=runtime,
+                    device=options["device"],
+                    trust_remote_code=options["trust_remote_code"],
                     tick=bar.tick,
                 )
             )

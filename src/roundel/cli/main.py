@@ -23,6 +23,7 @@ COMMANDS = {
     "verify": "Read a written checkpoint back and compare it with its source.",
     "generate": "Continue a prompt with a checkpoint.",
     "chat": "Talk with a checkpoint.",
+    "serve": "Serve a checkpoint to tools that speak OpenAI's API.",
     "list": "List schemes, formats, algorithms or families.",
     "eval": "Measure a model: perplexity, divergence from its source, tasks.",
     "compare": "Compare models: size, perplexity, divergence, speed.",

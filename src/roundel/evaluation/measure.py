@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from roundel.api import check_device
 from roundel.calibrated import Offload
 from roundel.calibration.activations import Frontier
 from roundel.errors import PlanError, RecipeError, SourceError
@@ -59,8 +60,8 @@ class Measured:
     bits_per_weight    stored bits of a quantized weight; None where nothing is quantized
     bits_per_byte      of the text; None where it is not known as text
     tokens_per_second  of this evaluation, reading and decoding included
-    peak_memory        the most that the process held while its blocks ran, states of other models not counted; None
-                       where the system does not say
+    peak_memory        the most that the process held while its blocks ran, states of other models not counted; on an
+                       accelerator the most that was held there; None where the system does not say
     distance           from the reference; None for the reference itself
     """
 
@@ -125,6 +126,7 @@ def measure(
     stride: int | None = None,
     limit: int | None = None,
     offload: Offload = "auto",
+    device: str = "cpu",
     trust_remote_code: bool = False,
     tick: Tick = lambda done, text: None,
     positions: Path | None = None,
@@ -138,19 +140,24 @@ def measure(
     window      tokens; None: WINDOW, or what the models take
     stride      tokens by which windows lie apart; None: they do not overlap
     limit       windows at most
+    device      where blocks are run: "cpu", "cuda", "cuda:1"
     offload     where states lie between blocks: "ram", "disk", or "auto", in memory while they fit in half of it
     tick        told which share is done (0 to 1), and what is at hand
     positions   a safetensors file that is written with every position's numbers
 
-    Raises RecipeError for a wish that makes no sense, PlanError for models that cannot be run block by block or
-    compared, and for too little memory or disk, before a weight is read; SourceError for broken checkpoints.
+    Raises RecipeError for a wish that makes no sense or a device that is not there, PlanError for models that cannot be
+    run block by block or compared, and for too little memory or disk, before a weight is read; SourceError for broken
+    checkpoints.
     """
+    check_device(device)
     with ExitStack() as held:
         scratch = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="roundel-eval-")))
         subjects: list[Subject] = []
         for number, (model, name) in enumerate(zip(models, names or _names(models), strict=True)):
             subjects.append(
-                open_subject(model, scratch / f"hub-{number}", name=name, trust_remote_code=trust_remote_code)
+                open_subject(
+                    model, scratch / f"hub-{number}", name=name, device=device, trust_remote_code=trust_remote_code
+                )
             )
             held.callback(subjects[-1].close)
         passage = read_passage(
@@ -171,11 +178,11 @@ def measure(
             shape = (windows, passage.length, subject.skeleton.hidden)
             states.append(Frontier(scratch / f"{len(states)}.states", shape, torch.float32, in_memory=in_memory))
             held.callback(states[-1].close)
-            forgotten, started = forget_peak(), time.perf_counter()
+            forgotten, started = _forget_peak(device), time.perf_counter()
             through_blocks(subject, passage, states[-1], ticker.add)
             seconds.append(time.perf_counter() - started)
             others = sum(frontier.nbytes for frontier in states[:-1]) if in_memory else 0
-            peaks.append(peak_memory() - others if forgotten else None)
+            peaks.append((peak_memory() - others if device == "cpu" else _device_peak(device)) if forgotten else None)
         started = time.perf_counter()
         verdicts = list(judged(subjects, passage, states, ticker.add))
         each = (time.perf_counter() - started) / len(subjects)
@@ -192,6 +199,17 @@ def measure(
             ),
             notes=passage.notes,
         )
+
+
+def _forget_peak(device: str) -> bool:
+    if device == "cpu":
+        return forget_peak()
+    torch.cuda.reset_peak_memory_stats(device)
+    return True
+
+
+def _device_peak(device: str) -> int:
+    return int(torch.cuda.max_memory_allocated(device))
 
 
 class _Ticker:

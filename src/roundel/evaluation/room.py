@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from roundel.calibrated import Offload
 from roundel.errors import OutputError, PlanError
 from roundel.evaluation.subject import Subject
@@ -25,13 +27,18 @@ def frontiers_in_memory(subjects: Sequence[Subject], passage: Passage, offload: 
     scratch   where they lie otherwise
     Raises PlanError when there is too little memory, OutputError when there is too little disk.
     """
-    free, working = free_memory(), working_bytes(subjects, passage)
+    working, device = working_bytes(subjects, passage), subjects[0].device
+    free = available = free_memory()
+    if device != "cpu":
+        available = torch.cuda.mem_get_info(device)[0]
     states = sum(4 * passage.windows.numel() * subject.skeleton.hidden for subject in subjects)
-    if working > free:
+    if working > available:
         raise PlanError(
-            f"A block of these models takes about {_gb(working)} of memory to run, {_gb(free)} are free. Free some, "
-            "or use a shorter --window."
+            f"A block of these models takes about {_gb(working)} of memory to run, {_gb(available)} are free on "
+            f"{device}. Free some, or use a shorter --window."
         )
+    if device != "cpu":
+        working = 0  # of the memory where states lie
     if offload == "ram" and working + states > free:
         raise PlanError(
             f"{len(passage.windows):,} windows take {_gb(states)} of memory between blocks, {_gb(working)} to run one, "

@@ -46,19 +46,23 @@ class Subject:
     name         as tables call it
     vocabulary   tokens the model knows: rows of its head
     limit        tokens it takes at once; None where its config does not say
+    device       where it is run
     weights      numbers of all blocks and of the end
     nbytes       of all tensors on disk
     """
 
-    def __init__(self, checkpoint: Checkpoint, name: str, *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, name: str, *, device: str = "cpu", trust_remote_code: bool = False
+    ) -> None:
         """Raises PlanError when the model cannot be run block by block, SourceError when a tensor is missing."""
-        self.checkpoint, self.name = checkpoint, name
+        self.checkpoint, self.name, self.device = checkpoint, name, device
         source = checkpoint.source
         self.skeleton = Skeleton(
             source.config,
             checkpoint.family,
             checkpoint.tensor_names,
             folder=source.small_folder(),
+            device=device,
             trust_remote_code=trust_remote_code,
         )
         self.head = f"{self.skeleton.tail.name}.weight"
@@ -101,8 +105,8 @@ class Subject:
     def _tensor(self, name: str) -> Tensor | Decodable:
         matrix, reader = self._packed(name), self.checkpoint.reader
         if matrix is None or reader is None:
-            return self.checkpoint.tensor(name)
-        quantized = self.checkpoint.unpack(matrix.layer())
+            return self.checkpoint.tensor(name).to(self.device)
+        quantized = self.checkpoint.unpack(matrix.layer()).to(self.device)
         return quantized if type(reader).decode is Format.decode else _AsRead(reader, quantized)
 
     def _packed(self, name: str) -> Matrix | None:
@@ -137,6 +141,7 @@ def open_subject(
     work: Path,
     *,
     name: str | None = None,
+    device: str = "cpu",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Subject:
@@ -146,7 +151,7 @@ def open_subject(
     """
     checkpoint = open_checkpoint(model, revision, work)
     try:
-        return Subject(checkpoint, name or checkpoint.source.name, trust_remote_code=trust_remote_code)
+        return Subject(checkpoint, name or checkpoint.source.name, device=device, trust_remote_code=trust_remote_code)
     except BaseException:
         checkpoint.close()
         raise

@@ -1,7 +1,8 @@
 """Tasks of lm-evaluation-harness on a checkpoint, through the library `lm_eval` itself, an optional part.
 
-Its Hugging Face backend is given the model with all matrices decoded, in float32 and whole in memory. Tasks run one by
-one: one that fails says why and keeps the others' results.
+Its Hugging Face backend is given the model with all matrices decoded, in float32 and whole in memory; its vLLM backend
+is given the folder, and runs it as vLLM does. Tasks run one by one: one that fails says why and keeps the others'
+results.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from roundel.api import check_device
 from roundel.calibration.architecture import quiet
 from roundel.calibration.tokens import load_tokenizer
 from roundel.checkpoint import open_checkpoint
@@ -23,7 +25,9 @@ from roundel.evaluation.means import Mean, mean_of
 from roundel.evaluation.models import decoded_model
 from roundel.memory import free_memory
 
-__all__ = ["Score", "TaskRun", "differences", "run_tasks"]
+__all__ = ["RUNTIMES", "Score", "TaskRun", "differences", "run_tasks", "vllm_arguments"]
+
+RUNTIMES = ("hf", "vllm")  # backends of lm-evaluation-harness
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,23 +63,34 @@ def run_tasks(
     tasks: Sequence[str],
     *,
     include: Path | None = None,
-    batch: int = 1,
+    batch: int | None = None,
     limit: int | None = None,
     tokenizer: Path | None = None,
+    runtime: str = "hf",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
     tick: Callable[[float, str], None] = lambda done, text: None,
 ) -> list[TaskRun]:
     """Run tasks on the checkpoint in a folder.
 
     tasks      names as lm-evaluation-harness knows them, patterns with * among them
     include    a folder with task YAMLs of one's own
-    batch      questions at once
+    batch      questions at once; None: 1, or as many as vLLM likes
     limit      questions of each task at most
+    runtime    one of RUNTIMES
+    device     where the decoded model is: "cpu", "cuda"; vLLM chooses for itself
 
-    Raises RecipeError when lm_eval is not installed or knows no such task, PlanError when the model in float32 does not
-    fit in memory, SourceError for a broken checkpoint.
+    Raises RecipeError when lm_eval or vllm is not installed, or lm_eval knows no such task; PlanError when the model in
+    float32 does not fit in memory; SourceError for a broken checkpoint.
     """
+    check_device(device)
+    if runtime == "vllm":
+        _check_vllm(device)
     manager, names = _known(tasks, include)
-    model = _model(folder, tokenizer, batch)
+    if runtime == "vllm":
+        model = _vllm(folder, tokenizer, batch, trust_remote_code)
+    else:
+        model = _model(folder, tokenizer, batch or 1, device)
     found = []
     for number, name in enumerate(names):
         tick(number / len(names), f"{folder.name} {name}")
@@ -124,7 +139,35 @@ def _known(tasks: Sequence[str], include: Path | None) -> tuple[Any, list[str]]:
     return manager, names
 
 
-def _model(folder: Path, tokenizer: Path | None, batch: int) -> Any:
+def vllm_arguments(
+    folder: Path, tokenizer: Path | None, batch: int | None, trust_remote_code: bool
+) -> dict[str, object]:
+    """What lm_eval's vLLM backend is called with."""
+    return {
+        "pretrained": str(folder),
+        "tokenizer": None if tokenizer is None else str(tokenizer),
+        "dtype": "auto",
+        "batch_size": batch or "auto",
+        "trust_remote_code": trust_remote_code,
+    }
+
+
+def _check_vllm(device: str) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        raise RecipeError(
+            "vLLM is not installed. Run `pip install 'lm_eval[vllm]'` where there is a GPU, or leave out --backend."
+        )
+    if device != "cpu":
+        raise RecipeError("vLLM chooses its devices itself. Set CUDA_VISIBLE_DEVICES in place of --device.")
+
+
+def _vllm(folder: Path, tokenizer: Path | None, batch: int | None, trust_remote_code: bool) -> Any:
+    from lm_eval.models.vllm_causallms import VLLM
+
+    return VLLM(**vllm_arguments(folder, tokenizer, batch, trust_remote_code))
+
+
+def _model(folder: Path, tokenizer: Path | None, batch: int, device: str) -> Any:
     """The decoded checkpoint as lm_eval's Hugging Face backend."""
     checkpoint = open_checkpoint(folder)
     try:
@@ -139,9 +182,11 @@ def _model(folder: Path, tokenizer: Path | None, batch: int) -> Any:
         checkpoint.close()
     from lm_eval.models.huggingface import HFLM
 
-    made = decoded_model(folder, weights)
+    made: Any = decoded_model(folder, weights)
+    del weights
     with quiet():
-        return HFLM(pretrained=made, tokenizer=load_tokenizer(tokenizer or folder), batch_size=batch, device="cpu")
+        tokens = load_tokenizer(tokenizer or folder)
+        return HFLM(pretrained=made.to(device), tokenizer=tokens, batch_size=batch, device=device)
 
 
 def _run(model: Any, task: str, manager: Any, limit: int | None) -> TaskRun:

@@ -35,14 +35,14 @@ def through_blocks(subject: Subject, passage: Passage, states: Frontier, tick: T
     pieces = [skeleton.entry_tensors, *(block.tensors for block in skeleton.blocks), skeleton.tail.tensors]
     entry = subject.tensors(skeleton.entry_tensors)
     for batch in _batches(len(tokens), passage.length):
-        states.write(batch, skeleton.enter(tokens[list(batch)], entry))
+        states.write(batch, skeleton.enter(tokens[list(batch)].to(subject.device), entry))
     del entry
     for number, block in enumerate(skeleton.blocks):
         weights = subject.tensors(block.tensors)
         size = sum(_size(weight) for weight in weights.values())
         with torch.no_grad():
             for batch in _batches(len(tokens), passage.length):
-                made = block.forward(states.read(batch), weights)
+                made = block.forward(states.read(batch).to(subject.device), weights)
                 if not bool(torch.isfinite(made).all()):
                     raise NumericsError(
                         f"{subject.name}: what {block.name} computes is not finite. A tensor of it is broken: fetch "
@@ -64,8 +64,9 @@ def judged(
     rows = max(1, SLAB // passage.length)
     for number, window in enumerate(passage.windows):
         first = passage.first[number]
-        entering = [frontier.read([number])[:, first - 1 : -1] for frontier in states]
-        yield judge(_slabs(subjects, heads, rest, entering, rows), window[first:])
+        device = subjects[0].device  # all are on the same
+        entering = [frontier.read([number])[:, first - 1 : -1].to(device) for frontier in states]
+        yield judge(_slabs(subjects, heads, rest, entering, rows), window[first:].to(device))
         tick(sum(_size(head) for head in heads), "predictions")
 
 

@@ -6,11 +6,11 @@ The model class is built without numbers (`calibration/architecture.py`), expert
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ from roundel.families import text_config
 from roundel.inference.backends import Backend, better_but_absent, choose
 from roundel.inference.linear import QuantLinear, StoredEmbedding, StoredLinear
 from roundel.inference.room import check_room
-from roundel.tensor import QuantizedTensor, plain
+from roundel.tensor import plain
 
-__all__ = ["load"]
+__all__ = ["chosen_backends", "device_named", "fill", "load"]
 
 SIXTEEN = (torch.bfloat16, torch.float16)
 
@@ -55,7 +55,7 @@ def load(
     Raises SourceError for a broken checkpoint, PlanError for a model that transformers does not know, BackendError when
     no backend, or not the one asked for, takes a layer, or the memory is too small.
     """
-    where = _device(device)
+    where = device_named(device)
     with tempfile.TemporaryDirectory(prefix="roundel-") as work:
         checkpoint = open_checkpoint(path, revision, Path(work))
         try:
@@ -67,10 +67,33 @@ def load(
 
 def _loaded(checkpoint: Checkpoint, device: str, backend: str | None, dtype: torch.dtype, trusted: bool) -> nn.Module:
     folder = checkpoint.source.small_folder()
-    backends = {name: choose(layer, device, backend) for name, layer in checkpoint.layers.items()}
-    _name_absent(checkpoint, backends, device)
+    backends = chosen_backends(checkpoint, device, backend)
     check_room(checkpoint, device, dtype)
     model = empty_model(checkpoint.source.config, folder, dtype, trust_remote_code=trusted)
+    fill(model, checkpoint, device, dtype, backends)
+    if checkpoint.reader is not None and backends:
+        from roundel.inference.kept import Kept, StoredConfig
+
+        known: Any = model
+        known.hf_quantizer = Kept(StoredConfig({"quant_method": checkpoint.reader.name}))
+    _generation(model, folder)
+    return model
+
+
+def chosen_backends(checkpoint: Checkpoint, device: str, backend: str | None) -> dict[str, Backend]:
+    """The backend of each rounded layer, by module name. See `load` for `backend` and what is raised."""
+    backends = {name: choose(layer, device, backend) for name, layer in checkpoint.layers.items()}
+    _name_absent(checkpoint, backends, device)
+    return backends
+
+
+def fill(
+    model: nn.Module, checkpoint: Checkpoint, device: str, dtype: torch.dtype, backends: Mapping[str, Backend]
+) -> None:
+    """Give a model whose tensors are on the meta device those of a checkpoint, its rounded layers packed.
+
+    Raises SourceError when a tensor is missing or has another shape, PlanError when a module takes no rounded layer.
+    """
     spelling = spelling_of(model, checkpoint.tensor_names)
     fill_buffers(model, spelling.tensors, device)
     unfuse(model, spelling.experts)
@@ -78,8 +101,6 @@ def _loaded(checkpoint: Checkpoint, device: str, backend: str | None, dtype: tor
     for name, tensor in spelling.tensors.items():
         filling.put(name, tensor)
     filling.tie()
-    _generation(model, folder)
-    return model
 
 
 class _Filling:
@@ -150,7 +171,7 @@ class _Filling:
         if not bool(torch.isfinite(plain(quantized.scale)).all()):
             raise SourceError(f"{matrix.name}: a stored scale is not finite. The file is damaged; fetch it again.")
         backend = self.backends[matrix.name]
-        kernel = backend.make(layer, _moved(quantized, self.device))
+        kernel = backend.make(layer, quantized.to(self.device))
         self._replace(path, QuantLinear(matrix.name, backend.name, self.device, kernel, matrix.shape))
 
     def _replace(self, path: str, made: QuantLinear | StoredLinear) -> None:
@@ -172,25 +193,6 @@ class _Filling:
             raise _misfit(tensor, tuple(value.shape), place.shape)
 
 
-def _moved(quantized: QuantizedTensor, device: str) -> QuantizedTensor:
-    """The same numbers on a device."""
-    if device == "cpu":
-        return quantized
-    scale, offset = quantized.scale, quantized.offset
-    return replace(
-        quantized,
-        codes=quantized.codes.to(device),
-        scale=_moved(scale, device) if isinstance(scale, QuantizedTensor) else scale.to(device),
-        zero=None if quantized.zero is None else quantized.zero.to(device),
-        offset=_moved(offset, device) if isinstance(offset, QuantizedTensor) else _or_none(offset, device),
-        group_index=None if quantized.group_index is None else quantized.group_index.to(device),
-    )
-
-
-def _or_none(tensor: Tensor | None, device: str) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
-
-
 def _misfit(tensor: str, found: tuple[int, ...], wanted: torch.Size) -> SourceError:
     return SourceError(
         f"{tensor} is {list(found)}, and config.json describes a model in which it is {list(wanted)}. Fetch both again "
@@ -198,7 +200,11 @@ def _misfit(tensor: str, found: tuple[int, ...], wanted: torch.Size) -> SourceEr
     )
 
 
-def _device(device: str | torch.device) -> str:
+def device_named(device: str | torch.device) -> str:
+    """A device as backends are told it: "cpu", "cuda:0".
+
+    Raises RecipeError for one that torch does not know, BackendError for one that is not there.
+    """
     try:
         found = torch.device(device)
     except RuntimeError as error:
@@ -253,6 +259,18 @@ def _generation(model: nn.Module, folder: Path) -> None:
     if (folder / "generation_config.json").exists():
         known: Any = model
         try:
-            known.generation_config = GenerationConfig.from_pretrained(folder)
+            found = GenerationConfig.from_pretrained(folder)
         except (OSError, ValueError, TypeError) as error:
             raise SourceError(f"generation_config.json cannot be read ({error}). Fetch it again.") from error
+        stated = found.to_dict()
+        for name, highest in (("temperature", math.inf), ("top_p", 1)):
+            value = stated.get(name)
+            if stated.get("do_sample") and value is not None and not _is_share(value, highest):
+                raise SourceError(
+                    f"generation_config.json says {name}={value!r}, which is not possible. Fetch it again."
+                )
+        known.generation_config = found
+
+
+def _is_share(value: object, highest: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= highest

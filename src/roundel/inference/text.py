@@ -9,12 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from roundel.calibration.architecture import quiet
 from roundel.errors import RecipeError, SourceError
 
-__all__ = ["Drawing", "answered", "continued", "tokenizer_for"]
+__all__ = [
+    "Drawing",
+    "Turns",
+    "Write",
+    "Written",
+    "answered",
+    "continued",
+    "prompt_ids",
+    "reach",
+    "tokenizer_for",
+    "turn_ids",
+    "written",
+]
 
 Turns = Sequence[Mapping[str, str]]
 Write = Callable[[str], None]
@@ -76,15 +88,25 @@ class Drawing:
         return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What a model wrote.
+
+    tokens   it wrote, its end token among them, and those of a stop text
+    ended    whether it came to an end, its own or a stop text, and not only to the most that was asked for
+    """
+
+    text: str
+    tokens: int
+    ended: bool
+
+
 def continued(model: nn.Module, tokenizer: Any, prompt: str, write: Write, drawing: Drawing) -> str:
     """What the model writes after a prompt; `write` gets it in pieces as they come.
 
     Raises RecipeError for an empty prompt, or one longer than the model reads.
     """
-    ids = tokenizer.encode(prompt)
-    if not ids:
-        raise RecipeError("An empty prompt cannot be continued. Give at least one word.")
-    return _written(model, tokenizer, ids, write, drawing)
+    return written(model, tokenizer, prompt_ids(tokenizer, prompt), write, drawing).text
 
 
 def answered(model: nn.Module, tokenizer: Any, turns: Turns, write: Write, drawing: Drawing) -> str:
@@ -93,6 +115,19 @@ def answered(model: nn.Module, tokenizer: Any, turns: Turns, write: Write, drawi
     turns   {"role": "system" | "user" | "assistant", "content": text}, the last one the user's
     Raises SourceError when the tokenizer has no chat template, or the template refuses the turns.
     """
+    return written(model, tokenizer, turn_ids(tokenizer, turns), write, drawing).text
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """The tokens of a prompt. Raises RecipeError where there are none."""
+    ids: list[int] = tokenizer.encode(prompt, verbose=False)  # too long a prompt is told of later
+    if not ids:
+        raise RecipeError("An empty prompt cannot be continued. Give at least one word.")
+    return ids
+
+
+def turn_ids(tokenizer: Any, turns: Turns) -> list[int]:
+    """The tokens of a conversation, up to where the model's turn begins. See `answered`."""
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
@@ -100,36 +135,94 @@ def answered(model: nn.Module, tokenizer: Any, turns: Turns, write: Write, drawi
             "The tokenizer has no chat template, so the model was not made for conversations. Use `roundel generate`."
         )
     try:
-        ids = tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, return_dict=False)
+        ids: list[int] = tokenizer.apply_chat_template(
+            list(turns), add_generation_prompt=True, return_dict=False, tokenizer_kwargs={"verbose": False}
+        )
     except TemplateError as error:
         raise SourceError(f"The chat template refuses this conversation ({error}).") from error
-    return _written(model, tokenizer, ids, write, drawing)
+    if not ids:
+        raise SourceError("The chat template makes nothing of this conversation. Use `roundel generate`.")
+    return ids
 
 
-def _written(model: nn.Module, tokenizer: Any, ids: Sequence[int], write: Write, drawing: Drawing) -> str:
-    from transformers import TextStreamer
+def reach(model: nn.Module) -> int | None:
+    """How many tokens a model reads and writes together; None where its config does not say."""
+    known: Any = model
+    limit = known.config.get_text_config().to_dict().get("max_position_embeddings")
+    return limit if isinstance(limit, int) else None
+
+
+def written(
+    model: nn.Module,
+    tokenizer: Any,
+    ids: Sequence[int],
+    write: Write,
+    drawing: Drawing,
+    *,
+    stop: Sequence[str] = (),
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Written:
+    """What the model writes after tokens; `write` gets it in pieces as they come.
+
+    stop        texts before the first of which the answer ends
+    cancelled   asked after every token whether to leave it at that
+    Raises RecipeError when there are more tokens than the model reads.
+    """
+    from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
     class Pieces(TextStreamer):  # type: ignore[misc]
         """Hands on whole characters, as soon as no later token can change them."""
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            if text:
-                pieces.append(text)
-                write(text)
+            pieces.add(text, last=stream_end)
 
-    pieces: list[str] = []
+    class Enough(StoppingCriteria):  # type: ignore[misc]
+        def __call__(self, ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+            return torch.full((len(ids),), pieces.stopped or cancelled(), device=ids.device)
+
+    pieces = _UpToStop(stop, write)
     known: Any = model
-    limit = getattr(known.config.get_text_config(), "max_position_embeddings", None) or len(ids) + drawing.tokens
+    limit = reach(model) or len(ids) + drawing.tokens
     if len(ids) >= limit:
         raise RecipeError(f"The prompt has {len(ids)} tokens and the model reads {limit}. Shorten it.")
     if drawing.seed is not None:
         torch.manual_seed(drawing.seed)
     entering = torch.tensor([list(ids)], device=known.device)
     with quiet(), torch.no_grad():
-        known.generate(
+        made = known.generate(
             entering,
             attention_mask=torch.ones_like(entering),
             streamer=Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            stopping_criteria=StoppingCriteriaList([Enough()]),
             **drawing.options(limit - len(ids)),
-        )
-    return "".join(pieces)
+        )[0, len(ids) :].tolist()
+    ends = known.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return Written(text=pieces.text, tokens=len(made), ended=pieces.stopped or made[-1] in ends)
+
+
+class _UpToStop:
+    """Hands text on up to the first of the stop texts, and holds back what may be the beginning of one."""
+
+    def __init__(self, stop: Sequence[str], write: Write) -> None:
+        self._stop, self._write, self._held = stop, write, ""
+        self.text, self.stopped = "", False
+
+    def add(self, text: str, *, last: bool) -> None:
+        if self.stopped:
+            return
+        self._held += text
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        self.stopped = bool(found)
+        end = min(found, default=len(self._held) if last else self._safe())
+        piece, self._held = self._held[:end], self._held[end:]
+        if piece:
+            self.text += piece
+            self._write(piece)
+
+    def _safe(self) -> int:
+        """How far the held text is no beginning of a stop text."""
+        for start in range(len(self._held)):
+            if any(stop.startswith(self._held[start:]) for stop in self._stop):
+                return start
+        return len(self._held)

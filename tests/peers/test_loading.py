@@ -1,0 +1,59 @@
+"""Checkpoints that auto-round itself wrote, loaded by transformers' own call, here and where auto-round is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import roundel
+from inference.test_loading import IDS, expected, near, packed_layers, said
+from roundel.data.bundled import bundled_model
+
+HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
+PYTHON = Path(os.environ.get("ROUNDEL_PEERS", ROOT / ".peers")) / "auto-round" / "bin" / "python"
+pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="auto-round is not there: run `make peers`")
+FORMATS = {"auto_round": True, "auto_gptq": False, "auto_awq": False}  # -> symmetric?
+THEIRS = """
+import roundel, sys
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(type(model.model.layers[0].mlp.up_proj).__module__)
+"""
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("foreign")
+    jobs = [
+        {"name": name, "model": str(bundled_model()), "out": str(folder / name), "format": name, "scheme": "W4A16",
+         "sym": sym, "group_size": 32, "route": "regular", "bf16": False, "enable_torch_compile": False}
+        for name, sym in FORMATS.items()
+    ]  # fmt: skip
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [str(PYTHON), str(HERE / "run_auto_round.py"), str(folder / "jobs.json")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert all(json.loads(line)["ok"] for line in ran.stdout.splitlines()), ran.stdout
+    return folder
+
+
+@pytest.mark.parametrize("format_", list(FORMATS))
+def test_they_say_what_they_decode_to(foreign: Path, format_: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(foreign / format_, dtype=torch.float32)
+    assert len(packed_layers(model)) == 28
+    assert near(said(model), expected(foreign / format_))
+    assert torch.equal(said(model), said(roundel.load(foreign / format_)))
+    assert torch.equal(said(model, IDS[:1, :1]), said(roundel.load(foreign / format_), IDS[:1, :1]))
+
+
+def test_where_auto_round_is_installed_it_stays(foreign: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [str(PYTHON), "-c", THEIRS, str(foreign / "auto_round")], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0 and done.stdout.split()[-1].startswith(("auto_round", "gptqmodel")), done.stderr
