@@ -1,12 +1,12 @@
 """GGUF files made by llama.cpp's own converter and quantizer, and what its reader decodes them to.
 
-Executed by the interpreter of the environment `.peers/llama-cpp` (llama.cpp's source and its library, built), started by
-`make_golden.py`.
+Executed by the interpreter of the environment `.peers/llama-cpp` (llama.cpp's source and its library, built), started
+by `make_golden.py`.
 
 Usage: python golden_gguf.py SOURCE OUT ROWS MIXTURE=NUMBER ...
 
-SOURCE is a model's folder. OUT gets MIXTURE.gguf, and MIXTURE.npz: the first ROWS rows of every quantized tensor, float32,
-by its name in the file.
+SOURCE is a model's folder. OUT gets MIXTURE.gguf, and MIXTURE.npz: the first ROWS rows of every quantized tensor,
+float32, by its name in the file.
 """
 
 import sys

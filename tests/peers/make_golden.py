@@ -29,7 +29,7 @@ def gguf() -> None:
     out.mkdir(exist_ok=True)
     for model_type, hidden, mixtures in GGUF:
         with tempfile.TemporaryDirectory() as folder:
-            source = gguf_source(model_type, hidden, Path(folder))
+            source = gguf_source(model_type, hidden, Path(folder) / "pico")
             wishes = [f"{mixture}={FILE_TYPES[mixture]}" for mixture in mixtures.split()]
             python = PEERS / ENVIRONMENTS["gguf"] / "bin" / "python"
             subprocess.run([python, HERE / "golden_gguf.py", source, out, "4", *wishes], check=True)

@@ -26,7 +26,7 @@ from roundel.tensor import FLOAT_DTYPES, TensorSpec
 
 __all__ = ["Held", "architecture_in", "held_tensors"]
 
-EXPERTS_LIMIT = 1 << 14  # of a stacked tensor
+_EXPERTS = ("num_local_experts", "num_experts")
 _ROTARY = re.compile(r"rope_freqs\.weight|rope_factors_(long|short)\.weight")
 _NOT_READ = ("deepseek2",)
 _BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -87,7 +87,9 @@ def held_tensors(header: GgufHeader, settings: Mapping[str, Any]) -> dict[str, H
         if _ROTARY.fullmatch(name):
             continue
         _check_block(name, settings)
-        for target, held in _parts(tensor, header.places[name], architecture):
+        if 0 in tensor.shape:
+            raise SourceError(f"{name} is {list(tensor.shape)}, a tensor without numbers. Fetch the GGUF file again.")
+        for target, held in _parts(tensor, header.places[name], architecture, settings):
             if target in found:
                 raise SourceError(f"The GGUF file holds {target} twice, once as {name}. Fetch it again.")
             found[target] = _changed(target, held, settings, architecture)
@@ -102,7 +104,9 @@ def _check_block(name: str, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _parts(tensor: GgufTensor, place: Place, architecture: str) -> Iterator[tuple[str, Held]]:
+def _parts(
+    tensor: GgufTensor, place: Place, architecture: str, settings: Mapping[str, Any]
+) -> Iterator[tuple[str, Held]]:
     """A tensor, or the experts in it, by name."""
     if tensor.type not in BLOCK_GRIDS and tensor.type not in FLOAT_DTYPES:
         raise SourceError(
@@ -117,13 +121,15 @@ def _parts(tensor: GgufTensor, place: Place, architecture: str) -> Iterator[tupl
         yield whole, Held(tensor.name, tensor.type, replace(place, spec=spec))
         return
     stacked = hf_name(tensor.name, architecture, 0) is not None and tensor.name.endswith((".weight", ".bias"))
-    if not stacked or whole is not None or not tensor.shape or 0 in tensor.shape or tensor.shape[0] > EXPERTS_LIMIT:
+    if not stacked or whole is not None or not tensor.shape:
         raise SourceError(
             f"The GGUF file holds {tensor.name} {list(tensor.shape)}, which is not known of the architecture "
             f"{architecture}. Start from the original model."
         )
-    shape = place.spec.shape
-    nbytes = (place.end - place.begin) // max(1, shape[0])
+    shape, experts = place.spec.shape, next((settings[key] for key in _EXPERTS if key in settings), 0)
+    if shape[0] != experts:
+        raise SourceError(f"{tensor.name} holds {shape[0]} experts, and the model has {experts}. Fetch it again.")
+    nbytes = (place.end - place.begin) // shape[0]
     for expert in range(shape[0]):
         name = hf_name(tensor.name, architecture, expert)
         assert name is not None, tensor.name
