@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import nn
 
 from roundel.calibration.architecture import quiet
 from roundel.errors import RecipeError, SourceError
-from roundel.formats.gguf.source import find_gguf, open_gguf
+from roundel.formats.gguf.source import tokenizer_home
 
 __all__ = ["Drawing", "answered", "continued", "tokenizer_for"]
 
@@ -26,9 +25,7 @@ def tokenizer_for(folder: str | Path, model: nn.Module, *, trust_remote_code: bo
     """The checkpoint's tokenizer. Raises SourceError when there is none, or it has tokens that the model has not."""
     from transformers import AutoTokenizer
 
-    gguf = find_gguf(folder)
-    with quiet(), ExitStack() as opened:
-        home = folder if gguf is None else opened.enter_context(closing(open_gguf(gguf))).small_folder()
+    with quiet(), tokenizer_home(folder) as home:
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(home, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -12,7 +12,8 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -29,7 +30,7 @@ from roundel.io.source import INDEX, JSON_LIMIT, LocalFiles, Source
 from roundel.scheme import BLOCK_GRIDS
 from roundel.unit import Piece
 
-__all__ = ["GgufSource", "find_gguf", "open_gguf"]
+__all__ = ["GgufSource", "find_gguf", "open_gguf", "tokenizer_home"]
 
 CONFIG = "config.json"
 ENDING = ".gguf"
@@ -69,6 +70,17 @@ def open_gguf(path: Path) -> GgufSource:
     except BaseException:
         files.close()
         raise
+
+
+@contextmanager
+def tokenizer_home(model: str | Path) -> Iterator[str | Path]:
+    """Where a model's tokenizer lies: the model itself, or what is made of a GGUF file, for as long as this lasts."""
+    gguf = find_gguf(model)
+    if gguf is None:
+        yield model
+        return
+    with closing(open_gguf(gguf)) as source:
+        yield source.small_folder()
 
 
 class GgufFiles(LocalFiles):
