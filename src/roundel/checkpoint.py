@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from roundel.errors import SourceError
 from roundel.families import Family, FusedExperts, family_of, kept_reason, misfit
 from roundel.formats import Format, reader_of
+from roundel.formats.gguf.source import find_gguf, open_gguf
 from roundel.io.source import Source, open_source
 from roundel.scheme import PRESETS, Scheme
 from roundel.tensor import FLOAT_DTYPES, TensorSpec
@@ -328,5 +329,11 @@ def _split(
 
 
 def open_checkpoint(model: str | Path, revision: str | None = None, work: Path | None = None) -> Checkpoint:
-    """Open a local folder or a Hub id. Raises SourceError when it is broken, unfinished or out of reach."""
-    return Checkpoint(open_source(model, revision, work))
+    """Open a folder, a GGUF file or a Hub id. Raises SourceError when it is broken, unfinished or out of reach."""
+    gguf = find_gguf(model)
+    source = open_gguf(gguf) if gguf is not None else open_source(model, revision, work)
+    try:
+        return Checkpoint(source)
+    except BaseException:
+        source.close()
+        raise

@@ -17,6 +17,7 @@ from roundel.checkpoint import Checkpoint, Matrix, open_checkpoint
 from roundel.errors import SourceError
 from roundel.fusion import Errors
 from roundel.report import REPORT
+from roundel.tensor import TensorSpec, torch_dtype
 from roundel.unit import Piece
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ __all__ = ["Check", "Verification", "verify", "verify_checkpoint"]
 WORST_SQNR = 0.0  # decibel; below it a layer is worse than zeros
 REPORT_TOLERANCE = 0.05  # decibel between what the run reported and what is read back
 SLAB_BYTES = 32 << 20
+ADDED = 1e-6  # what adding a number near 1 in float32, and taking it off again, may change, beside the sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,22 +86,22 @@ def verify_checkpoint(
     checkpoint: Checkpoint, source: Checkpoint | None, progress: Callable[[str], None] | None = None
 ) -> Verification:
     """`verify` for opened checkpoints, holding one layer at a time."""
-    report = _report(checkpoint)
+    report, origin = _report(checkpoint), _Origin(checkpoint, source) if source is not None else None
     reported, moved = _reported(report), bool(report.get("transforms"))
     checks: list[Check] = []
     layers = [m for m in checkpoint.matrices.values() if m.stored.scheme is not None or m.name in reported]
     for matrix in layers:
-        checks.append(_check_layer(checkpoint, matrix, source, reported.get(matrix.name), moved))
+        checks.append(_check_layer(checkpoint, matrix, origin, reported.get(matrix.name), moved))
         if progress is not None:
             progress(matrix.name)
     packed = {piece.tensor for matrix in layers for piece in matrix.stored.parts.values()}
     for name, spec in checkpoint.source.tensors.items():
         if name not in packed and spec.dtype in ("BF16", "F16", "F32"):
-            checks.append(_check_kept(checkpoint, name, None if moved else source))
+            checks.append(_check_kept(checkpoint, name, None if moved else origin))
             if progress is not None:
                 progress(name)
     problems = [f"{c.name}: {c.problem}" for c in checks if c.problem is not None]
-    problems += [f"{name}: it is missing" for name in _missing(checkpoint, source, reported)]
+    problems += [f"{name}: it is missing" for name in _missing(checkpoint, origin, reported)]
     return Verification(
         name=checkpoint.source.name,
         against=source.source.name if source else None,
@@ -109,7 +111,7 @@ def verify_checkpoint(
 
 
 def _check_layer(
-    checkpoint: Checkpoint, matrix: Matrix, source: Checkpoint | None, reported: float | None, moved: bool
+    checkpoint: Checkpoint, matrix: Matrix, origin: _Origin | None, reported: float | None, moved: bool
 ) -> Check:
     """A layer: finite, and as near to the source as the run reported. moved: a transform gave it other numbers, whose
     distance from the source's means nothing by itself."""
@@ -130,7 +132,7 @@ def _check_layer(
         return Check(
             name=matrix.name, scheme=scheme, problem=f"weight [{row}, {column}] is {float(weight[row, column])}"
         )
-    original = _original(source, matrix) if source is not None else None
+    original = origin.weights(matrix) if origin is not None else None
     if isinstance(original, str):
         return Check(name=matrix.name, scheme=scheme, problem=original)
     problem = None
@@ -143,36 +145,40 @@ def _check_layer(
     return Check(name=matrix.name, scheme=scheme, sqnr=sqnr, problem=problem)
 
 
-def _original(source: Checkpoint, matrix: Matrix) -> Tensor | str:
-    """The source's weights of a layer, or what is wrong."""
-    found = source.matrices.get(matrix.name)
-    if found is None and matrix.name == source.family.head and source.is_tied:
-        found = source.tied_head()
-    if found is None:
-        return "the source has no such layer"
-    if found.shape != matrix.shape:
-        return f"it is {list(matrix.shape)}, in the source {list(found.shape)}"
-    return source.weights(found.layer()).float()
-
-
 def _sqnr(original: Tensor, weight: Tensor) -> float:
     signal = float(original.double().square().sum())
     return Errors(signal, float((original - weight).double().square().sum())).sqnr
 
 
-def _check_kept(checkpoint: Checkpoint, name: str, source: Checkpoint | None) -> Check:
-    """A tensor that is not packed: finite, and the same bytes as in the source where the source has it in this form."""
+def _check_kept(checkpoint: Checkpoint, name: str, origin: _Origin | None) -> Check:
+    """A tensor that is not packed: finite, and the same numbers as in the source where the source has it as floats that
+    this form can hold."""
     spec = checkpoint.source.tensors[name]
-    same = source is not None and name in source.source.tensors and source.source.tensors[name] == spec
+    theirs = origin.spec(name) if origin is not None else None
     for start, stop in _slabs(spec.shape, spec.nbytes):
-        piece = Piece(tensor=name, start=start, stop=stop)
-        raw = checkpoint.source.read(piece)
+        raw = checkpoint.source.read(Piece(tensor=name, start=start, stop=stop))
         bad = _first_not_finite(raw, spec.dtype)
         if bad is not None:
             return Check(name=name, scheme=spec.dtype, problem=f"value {bad} of rows {start} to {stop} is not finite")
-        if same and source is not None and not np.array_equal(raw, source.source.read(piece)):
+        if origin is None or theirs is None or theirs.shape != spec.shape:
+            continue
+        before = origin.source.source.read(Piece(tensor=theirs.name, start=start, stop=stop))
+        if not _same(raw, spec.dtype, before, theirs.dtype):
             return Check(name=name, scheme=spec.dtype, problem="it differs from the source, and was to be kept")
     return Check(name=name, scheme=spec.dtype)
+
+
+def _same(raw: np.ndarray, dtype: str, before: np.ndarray, dtype_before: str) -> bool:
+    """Whether stored floats are those of the source. In float32 where it has 16 bits, they may have been added to."""
+    import torch
+
+    if dtype == dtype_before:
+        return np.array_equal(raw, before)
+    if dtype != "F32" or dtype_before not in ("BF16", "F16"):
+        return True
+    found = torch.from_numpy(raw).view(torch.float32)
+    wanted = torch.from_numpy(before).view(torch_dtype(dtype_before)).float()
+    return bool(((found - wanted).abs() <= ADDED * (1 + wanted.abs())).all())
 
 
 def _slabs(shape: tuple[int, ...], nbytes: int) -> list[tuple[int, int]]:
@@ -210,15 +216,48 @@ def _reported(report: Mapping[str, object]) -> dict[str, float]:
         return {}
 
 
-def _missing(checkpoint: Checkpoint, source: Checkpoint | None, reported: dict[str, float]) -> list[str]:
+def _missing(checkpoint: Checkpoint, origin: _Origin | None, reported: dict[str, float]) -> list[str]:
     """Layers the run reported or the source has, and the checkpoint lacks; and kept tensors likewise."""
     missing = [name for name in reported if name not in checkpoint.matrices]
-    if source is not None:
-        held = {p.tensor for m in source.matrices.values() for p in m.stored.parts.values()}
-        biases = {m.bias[1].tensor for m in source.matrices.values() if m.bias is not None}
-        missing += [m for m in source.matrices if m not in checkpoint.matrices and m not in missing]
-        gone = set(source.dropped)
-        missing += [
-            n for n in source.source.tensors if n not in held | biases | gone and n not in checkpoint.source.tensors
-        ]
+    if origin is not None:
+        missing += [m for m in origin.matrices if m not in checkpoint.matrices and m not in missing]
+        missing += [n for n in origin.others if n not in checkpoint.source.tensors]
     return missing
+
+
+class _Origin:
+    """The source, by the names that the checkpoint made from it has.
+
+    tensors, matrices   those names -> the source's; others: names of tensors that belong to no matrix
+    """
+
+    def __init__(self, checkpoint: Checkpoint, source: Checkpoint) -> None:
+        self.source = source
+        reader, config = checkpoint.reader, source.source.config
+
+        def ours(tensor: str) -> str | None:
+            return tensor if reader is None else reader.name_of(tensor, config)
+
+        tensors = {ours(name): name for name in source.source.tensors}
+        self.tensors = {name: theirs for name, theirs in tensors.items() if name is not None}
+        weights = {ours(f"{name}.weight"): name for name in source.matrices}
+        self.matrices = {w.removesuffix(".weight"): name for w, name in weights.items() if w is not None}
+        held = {p.tensor for m in source.matrices.values() for p in m.stored.parts.values()} | set(source.dropped)
+        held |= {m.bias[1].tensor for m in source.matrices.values() if m.bias is not None}
+        self.others = [name for name, theirs in self.tensors.items() if theirs not in held]
+
+    def spec(self, name: str) -> TensorSpec | None:
+        """The source's tensor."""
+        return self.source.source.tensors.get(self.tensors.get(name, ""))
+
+    def weights(self, matrix: Matrix) -> Tensor | str:
+        """The source's weights of a layer, or what is wrong."""
+        source = self.source
+        found = source.matrices.get(self.matrices.get(matrix.name, ""))
+        if found is None and matrix.name == source.family.head and source.is_tied:
+            found = source.tied_head()
+        if found is None:
+            return "the source has no such layer"
+        if found.shape != matrix.shape:
+            return f"it is {list(matrix.shape)}, in the source {list(found.shape)}"
+        return source.weights(found.layer()).float()

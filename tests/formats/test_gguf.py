@@ -71,6 +71,7 @@ def test_every_tensor_is_there_and_rounded_as_ggml_does(model_type: str, mixture
 def tokenized(model: Path) -> Path:
     """A pico model with the bundled model's tokenizer, cut to its vocabulary: a file has as many tokens as rows."""
     config = json.loads((model / "config.json").read_text())
+    config = config.get("text_config", config)
     text = json.loads((bundled_model() / "tokenizer.json").read_text())
     vocabulary = {token: i for token, i in text["model"]["vocab"].items() if i < config["vocab_size"]}
     text["model"]["vocab"] = vocabulary

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from roundel.calibration.rows import Chat, Ids, Row, Text
 from roundel.errors import RecipeError, SourceError
+from roundel.formats.gguf.source import tokenizer_home
 
 __all__ = ["Encoder", "Tally", "Tokenizer", "cut_joined", "cut_rows", "load_tokenizer"]
 
@@ -195,7 +196,7 @@ def cut_joined(
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
-    """The tokenizer of a model's folder; nothing is fetched.
+    """The tokenizer of a model's folder or GGUF file; nothing is fetched.
 
     trust_remote_code   whether code in the folder may run
     Raises SourceError when there is none that can be read.
@@ -203,7 +204,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        loaded: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        with tokenizer_home(folder) as home:
+            loaded: Any = AutoTokenizer.from_pretrained(
+                home, local_files_only=True, trust_remote_code=trust_remote_code
+            )
     except (OSError, ValueError) as error:
         code = "" if trust_remote_code else " If it needs code of its own that you trust, pass --trust-remote-code."
         raise SourceError(

@@ -132,6 +132,11 @@ class Format(Protocol):
         """The values of a tensor that stays, as they are stored; `kept` says of which dtype."""
         return tensor
 
+    def name_of(self, tensor: str, config: Mapping[str, object]) -> str | None:
+        """What a checkpoint of this format, when it is read, calls a tensor of the model it was made from, whose
+        config.json is `config`; None where it has none."""
+        return tensor
+
     def extras(self) -> Mapping[str, Tensor]:
         """Tensors that are stored and no part of the source."""
         return {}

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from roundel.errors import BackendError
 
-__all__ = ["QuantLinear", "StoredEmbedding", "StoredLinear"]
+__all__ = ["QuantEmbedding", "QuantLinear", "StoredEmbedding", "StoredLinear"]
 
 FEW = 16  # inputs that a kernel multiplies by, widening in registers; beyond, rows are widened for torch
 WIDENED = 1 << 22  # weights widened at a time
@@ -97,13 +97,41 @@ class StoredEmbedding(nn.Module):
     def __init__(self, embedding: nn.Embedding, weight: nn.Parameter, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight, self.dtype = weight, dtype
-        self.inner = embedding
-        self.inner.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)  # it is given rows with each call
-        self.inner.padding_idx = None  # rows get other numbers, and without gradients it means nothing
+        self.num_embeddings = len(weight)
+        self.inner = _emptied(embedding)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids [...] -> [..., hidden]"""
-        rows = self.weight.detach()[ids.reshape(-1)].to(self.dtype)
-        places = torch.arange(len(rows), device=ids.device).view(ids.shape)
-        found: Tensor = functional_call(self.inner, {"weight": rows}, (places,))
-        return found
+        return _looked_up(self.inner, self.weight.detach()[ids.reshape(-1)].to(self.dtype), ids)
+
+
+class QuantEmbedding(nn.Module):
+    """A model's embedding whose matrix is rounded: rows are decoded as they are looked up.
+
+    kernel   the packed matrix
+    rows     row numbers [n] -> these rows of it [n, hidden]
+    """
+
+    def __init__(
+        self, embedding: nn.Embedding, kernel: nn.Module, rows: Callable[[Tensor], Tensor], dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.kernel, self.rows, self.dtype, self.num_embeddings = kernel, rows, dtype, embedding.num_embeddings
+        self.inner = _emptied(embedding)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids [...] -> [..., hidden]"""
+        return _looked_up(self.inner, self.rows(ids.reshape(-1)).to(self.dtype), ids)
+
+
+def _emptied(embedding: nn.Embedding) -> nn.Embedding:
+    """The model's own module without numbers: it is given rows with each call."""
+    embedding.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+    embedding.padding_idx = None  # rows get other numbers, and without gradients it means nothing
+    return embedding
+
+
+def _looked_up(embedding: nn.Embedding, rows: Tensor, ids: Tensor) -> Tensor:
+    places = torch.arange(len(rows), device=ids.device).view(ids.shape)
+    found: Tensor = functional_call(embedding, {"weight": rows}, (places,))
+    return found

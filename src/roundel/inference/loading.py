@@ -23,10 +23,12 @@ from roundel.calibration.spelling import spelling_of
 from roundel.checkpoint import Checkpoint, Matrix, open_checkpoint
 from roundel.errors import BackendError, PlanError, RecipeError, SourceError
 from roundel.families import text_config
+from roundel.formats import FORMATS
 from roundel.inference.backends import Backend, better_but_absent, choose
-from roundel.inference.linear import QuantLinear, StoredEmbedding, StoredLinear
+from roundel.inference.backends.torch import Decoding, Torch
+from roundel.inference.linear import QuantEmbedding, QuantLinear, StoredEmbedding, StoredLinear
 from roundel.inference.room import check_room
-from roundel.tensor import plain
+from roundel.tensor import QuantizedTensor, plain
 
 __all__ = ["chosen_backends", "device_named", "fill", "load"]
 
@@ -81,9 +83,13 @@ def _loaded(checkpoint: Checkpoint, device: str, backend: str | None, dtype: tor
 
 
 def chosen_backends(checkpoint: Checkpoint, device: str, backend: str | None) -> dict[str, Backend]:
-    """The backend of each rounded layer, by module name. See `load` for `backend` and what is raised."""
+    """The backend of each rounded layer, by module name, a head tied to a rounded embedding among them. See `load` for `backend` and what is raised."""
     backends = {name: choose(layer, device, backend) for name, layer in checkpoint.layers.items()}
     _name_absent(checkpoint, backends, device)
+    embedding = checkpoint.matrices.get(checkpoint.family.embedding.removesuffix(".weight"))
+    if embedding is not None and embedding.name in backends and checkpoint.family.head not in checkpoint.matrices:
+        tied = checkpoint.tied_head()
+        backends[tied.name] = choose(tied.layer(), device, backend)
     return backends
 
 
@@ -107,8 +113,14 @@ class _Filling:
     """A model on the meta device, being given its numbers."""
 
     def __init__(
-        self, checkpoint: Checkpoint, model: nn.Module, device: str, dtype: torch.dtype, backends: Mapping[str, Backend]
+        self,
+        checkpoint: Checkpoint,
+        model: nn.Module,
+        device: str,
+        dtype: torch.dtype,
+        backends: Mapping[str, Backend],
     ) -> None:
+        """backends: of each rounded layer"""
         self.checkpoint, self.model, self.device, self.dtype = checkpoint, model, device, dtype
         self.backends = backends
         self.wide = _kept_wide(model, dtype)
@@ -149,6 +161,10 @@ class _Filling:
             path = next(path for path, module in self.model.named_modules() if module is head)
             if isinstance(embedding, StoredEmbedding):
                 self._replace(path, StoredLinear(embedding.weight))
+            elif isinstance(embedding, QuantEmbedding):
+                tied = self.checkpoint.tied_head()
+                shared = embedding.kernel if isinstance(self.backends[tied.name], Torch) else None
+                self._replace(path, self._packed(tied, shared))
             else:
                 head.weight = embedding.get_parameter("weight")
         missing = [name for name, value in self.model.named_parameters() if value.is_meta]
@@ -160,19 +176,34 @@ class _Filling:
 
     def _put_layer(self, path: str, part: str, matrix: Matrix) -> None:
         module, layer = self.model.get_submodule(path), matrix.layer()
-        if part != "weight" or not isinstance(module, (nn.Linear, Projection)):
+        looked_up = isinstance(module, nn.Embedding) and module is self.embedding and layer.scheme.weight.block[0] == 1
+        if part != "weight" or not (looked_up or isinstance(module, (nn.Linear, Projection))):
             raise PlanError(
                 f"{matrix.name} is rounded, and transformers multiplies by it in a {type(module).__name__}, which only "
                 "knows float matrices. Round the model again with --ignore-layers for this one."
             )
+        assert isinstance(module, (nn.Embedding, nn.Linear, Projection))
         if tuple(module.weight.shape) != matrix.shape:
             raise _misfit(matrix.name, matrix.shape, module.weight.shape)
-        quantized = self.checkpoint.unpack(layer)
+        if isinstance(module, nn.Embedding):
+            kernel = Decoding(FORMATS[layer.stored.format], self._quantized(matrix))
+            self.embedding = QuantEmbedding(module, kernel, kernel.rows, self.dtype)
+            self.model.set_submodule(path, self.embedding)
+        else:
+            self._replace(path, self._packed(matrix))
+
+    def _packed(self, matrix: Matrix, kernel: nn.Module | None = None) -> QuantLinear:
+        """A rounded layer as a module."""
+        backend = self.backends[matrix.name]
+        kernel = kernel if kernel is not None else backend.make(matrix.layer(), self._quantized(matrix))
+        return QuantLinear(matrix.name, backend.name, self.device, kernel, matrix.shape)
+
+    def _quantized(self, matrix: Matrix) -> QuantizedTensor:
+        """A rounded layer's numbers, on the device. Raises SourceError where they are none."""
+        quantized = self.checkpoint.unpack(matrix.layer())
         if not bool(torch.isfinite(plain(quantized.scale)).all()):
             raise SourceError(f"{matrix.name}: a stored scale is not finite. The file is damaged; fetch it again.")
-        backend = self.backends[matrix.name]
-        kernel = backend.make(layer, quantized.to(self.device))
-        self._replace(path, QuantLinear(matrix.name, backend.name, self.device, kernel, matrix.shape))
+        return quantized.to(self.device)
 
     def _replace(self, path: str, made: QuantLinear | StoredLinear) -> None:
         """Put a module in the place of a linear one, whose bias it takes over."""

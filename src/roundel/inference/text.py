@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from roundel.calibration.architecture import quiet
 from roundel.errors import RecipeError, SourceError
+from roundel.formats.gguf.source import tokenizer_home
 
 __all__ = [
     "Drawing",
@@ -36,15 +37,16 @@ def tokenizer_for(folder: str | Path, model: nn.Module, *, trust_remote_code: bo
     """The checkpoint's tokenizer. Raises SourceError when there is none, or it has tokens that the model has not."""
     from transformers import AutoTokenizer
 
-    with quiet():
+    with quiet(), tokenizer_home(folder) as home:
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            tokenizer: Any = AutoTokenizer.from_pretrained(home, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SourceError(
                 f"{folder} holds no tokenizer that can be read ({error}). Copy the model's tokenizer files there."
             ) from error
     known: Any = model
-    rows, highest = known.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=-1)
+    embedding, highest = known.get_input_embeddings(), max(tokenizer.get_vocab().values(), default=-1)
+    rows = getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
     if highest >= rows:
         raise SourceError(
             f"The tokenizer of {folder} has a token {highest}, and the model's embedding ends at {rows - 1}. It "

@@ -193,6 +193,10 @@ class Source:
         paths = [self.files.fetch(name) for name in names if name in self.files.files]
         return paths[0].parent
 
+    def all_files(self) -> Mapping[str, int]:
+        """Every file of the checkpoint, name -> bytes."""
+        return self.files.files
+
     def place(self, name: str) -> tuple[int, int]:
         """(open file descriptor, first byte) of a whole tensor, for copying it file to file."""
         shard, place = self._places[name]
@@ -339,4 +343,4 @@ def small_files(source: Source) -> Mapping[str, int]:
         "journal.jsonl",
         "log.jsonl",
     }
-    return {n: b for n, b in source.files.files.items() if not is_weight_file(n) and n not in left}
+    return {n: b for n, b in source.all_files().items() if not is_weight_file(n) and n not in left}

@@ -8,6 +8,7 @@ of gguf-py/gguf/constants.py. Text models only: of a multimodal checkpoint the l
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -202,7 +203,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     settings = dict(config)
     if model_type in CONFIG_MAPPING:
         try:
-            settings = CONFIG_MAPPING[model_type].from_dict(dict(config)).to_dict()
+            settings = CONFIG_MAPPING[model_type].from_dict(deepcopy(settings)).to_dict()  # it changes what it is given
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SourceError(f"config.json does not describe a {model_type} model: {error}") from error
     text = settings.get("text_config")

@@ -18,7 +18,7 @@ from roundel.formats.gguf.architectures import architecture_of, settings_of
 from roundel.formats.gguf.changes import extra_tensors, is_float32, norm_offset
 from roundel.formats.gguf.metadata import metadata
 from roundel.formats.gguf.mixtures import FILE_TYPES, MIXTURES, mixed_model, type_of
-from roundel.formats.gguf.names import expert_of, left_out, row_order, rows_permuted, tensor_name
+from roundel.formats.gguf.names import expert_of, left_out, row_order, rows_permuted, tensor_name, text_name
 from roundel.io.gguf import GGML_TYPES, GgufTensor, lay_out_gguf
 from roundel.io.safetensors import Place, ShardLayout, Stacks
 from roundel.scheme import PRESETS, Scheme
@@ -120,6 +120,13 @@ class Gguf(Format):
         if order is not None:
             tensor = tensor[order]
         return tensor.float() + offset if offset else tensor
+
+    def name_of(self, tensor: str, config: Mapping[str, object]) -> str | None:
+        try:
+            settings, known = settings_of(config), architecture_of(config)
+        except SourceError:
+            return tensor
+        return None if left_out(tensor, settings, known) is not None else text_name(tensor)
 
     def extras(self) -> Mapping[str, Tensor]:
         return extra_tensors(self._settings, self._architecture)

@@ -14,7 +14,7 @@ import numpy as np
 
 from roundel.formats.gguf.architectures import architecture
 
-__all__ = ["expert_of", "hf_name", "left_out", "row_order", "rows_permuted", "split_latent", "tensor_name"]
+__all__ = ["expert_of", "hf_name", "left_out", "row_order", "rows_permuted", "split_latent", "tensor_name", "text_name"]
 
 _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -30,7 +30,7 @@ def tensor_name(hf_name: str, architecture_name: str) -> str | None:
 
     None where the architecture has no such tensor: `left_out` tells whether that is meant.
     """
-    name = _text_name(hf_name)
+    name = text_name(hf_name)
     module, _, ending = name.rpartition(".")
     if module in _TOP:
         return f"{_TOP[module]}.{ending}"
@@ -79,7 +79,7 @@ def hf_name(gguf_name: str, architecture_name: str, expert: int | None = None) -
 def left_out(hf_name: str, settings: Mapping[str, Any], architecture_name: str) -> str | None:
     """Why llama.cpp's file of a text model has no such tensor on purpose; None where it should have one."""
     known = architecture(architecture_name)
-    name = _text_name(hf_name)
+    name = text_name(hf_name)
     if name.endswith((".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")):
         return "computed when the model is loaded"
     if not name.startswith(("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")) and _TOWERS.search(
@@ -131,6 +131,6 @@ def split_latent(hf_name: str, architecture_name: str) -> tuple[str, str] | None
     return hf_name.replace("kv_b_proj", "k_b_proj"), hf_name.replace("kv_b_proj", "v_b_proj")
 
 
-def _text_name(hf_name: str) -> str:
+def text_name(hf_name: str) -> str:
     """The name without the wrapper of a multimodal model."""
     return hf_name.replace("language_model.", "")

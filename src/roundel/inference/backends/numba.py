@@ -42,6 +42,8 @@ class Numba:
             return f"it multiplies integers in groups, {layer.scheme.name} is none"
         if grid.element.bits not in LAYOUTS:
             return f"it has words of {', '.join(map(str, LAYOUTS))} bits, not of {grid.element.bits}"
+        if grid.offset is not None:
+            return "it multiplies by codes less a zero point, not by codes plus a minimum"
         columns = grid.block_of(layer.shape)[1]
         if columns % COLUMNS and columns < layer.shape[1]:
             return f"it takes groups of whole sixteens, not of {columns}"

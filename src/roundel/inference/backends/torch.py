@@ -68,18 +68,22 @@ class Decoding(nn.Module):
         step = max(1, DECODED // width // block) * block
         for start in range(0, out, step):
             rows = slice(start, min(start + step, out))
-            weights = self.format.decode(self._quantized(rows))
+            blocks = slice(start // block, -(-rows.stop // block)) if self.grid.block[0] else slice(0, 1)
+            weights = self.format.decode(self._quantized(rows, blocks))
             result[:, rows] = nn.functional.linear(entering, weights.to(dtype))
         return result
 
-    def _quantized(self, rows: slice) -> QuantizedTensor:
-        """These rows of the weight, which begin with a block."""
-        element, block = self.grid.element, self.grid.block[0]
+    def rows(self, numbers: Tensor) -> Tensor:
+        """Some rows of the weight, [numbers, in], where no two share a scale."""
+        return self.format.decode(self._quantized(numbers, numbers))
+
+    def _quantized(self, rows: slice | Tensor, blocks: slice | Tensor) -> QuantizedTensor:
+        """These rows of the weight, and the blocks they are in."""
+        element = self.grid.element
         planes = [self.get_buffer(f"plane{number}")[rows] for number in range(self._planes)]
         codes = join_planes(planes, element.bits, self.shape[1])
         if _is_signed(element):
             codes = codes - (1 << (element.bits - 1))
-        blocks = slice(rows.start // block, -(-rows.stop // block)) if block else slice(0, 1)
         scale = self._kept("scale", blocks)
         assert scale is not None
         return QuantizedTensor(
@@ -97,7 +101,7 @@ class Decoding(nn.Module):
             value = value.clone(memory_format=torch.contiguous_format).view(torch.uint8)  # strides of one column, too
         self.register_buffer(name, value, persistent=False)
 
-    def _kept(self, name: str, part: slice) -> Tensor | None:
+    def _kept(self, name: str, part: slice | Tensor) -> Tensor | None:
         return self.get_buffer(name).view(self._dtypes[name])[part] if name in self._dtypes else None
 
 
