@@ -83,7 +83,10 @@ def _loaded(checkpoint: Checkpoint, device: str, backend: str | None, dtype: tor
 
 
 def chosen_backends(checkpoint: Checkpoint, device: str, backend: str | None) -> dict[str, Backend]:
-    """The backend of each rounded layer, by module name, a head tied to a rounded embedding among them. See `load` for `backend` and what is raised."""
+    """The backend of each rounded layer, by module name, a head tied to a rounded embedding among them.
+
+    See `load` for `backend` and what is raised.
+    """
     backends = {name: choose(layer, device, backend) for name, layer in checkpoint.layers.items()}
     _name_absent(checkpoint, backends, device)
     embedding = checkpoint.matrices.get(checkpoint.family.embedding.removesuffix(".weight"))
