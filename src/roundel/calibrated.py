@@ -19,7 +19,7 @@ from roundel.interruption import Interruption
 from roundel.io.journal import Journal
 from roundel.io.safetensors import Shard
 from roundel.io.source import LocalFiles
-from roundel.matrices import Demoted, as_bytes, errors_of, finite, sound
+from roundel.matrices import Demoted, as_bytes, errors_of, finite, reaches, sound
 from roundel.memory import peak_memory
 from roundel.output import FRONTIER
 from roundel.planning import Plan, Work, part_of
@@ -185,6 +185,7 @@ class Units:
             behind["float"] = self._frontier(following or f"{work.name}.behind", "float")
             self._advance(block, weights, streams["float"], behind["float"])
         unit, notes = self._transformed(self._make(work, block, weights, streams, behind))
+        unit = replace(unit, reach=reaches(unit.layers, unit.weights))
         rounded = with_input_scales(unit, self.chain.algorithm.quantize(unit))
         row = self._write(work, unit, weights, rounded, notes)
         seconds = time.perf_counter() - started

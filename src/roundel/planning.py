@@ -11,7 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +23,7 @@ from roundel.families import text_config
 from roundel.formats import Contents, Format, Model, format_named
 from roundel.fusion import fuses, slab_rows
 from roundel.io.safetensors import ShardLayout, stacked
+from roundel.matrices import sharing
 from roundel.recipe import Choice, Recipe, parse_size
 from roundel.scheme import Scheme
 from roundel.tensor import ITEMSIZE, TensorSpec
@@ -51,6 +52,7 @@ class Work:
     layers   the matrices of a unit that are rounded
     decodes  the packed matrices of a unit that stay in full precision
     blocks   the names of a unit's blocks, in the order they are run
+    beside   layers rounded elsewhere that have a scale in common with `layer`, so that they are read, too
     shards   source files it reads
     """
 
@@ -61,6 +63,7 @@ class Work:
     layers: tuple[Layer, ...] = ()
     decodes: tuple[Layer, ...] = ()
     blocks: tuple[str, ...] = ()
+    beside: tuple[Layer, ...] = ()
     shards: tuple[str, ...] = ()
 
     @property
@@ -340,7 +343,7 @@ def _works(checkpoint: Checkpoint, matrices: Mapping[str, Matrix], layers: Mappi
             continue
         copies = (_copy(source.tensors, *matrix.bias),) if matrix.bias else ()
         if layer is not None:
-            works.append(_work(checkpoint, matrix.name, "round", layer, copies))
+            works.append(_work(checkpoint, matrix.name, "round", layer, copies, sharing(layer, layers)))
         elif matrix.stored.format != "plain":
             works.append(_work(checkpoint, matrix.name, "decode", matrix.layer(), copies))
         else:
@@ -463,10 +466,11 @@ def _work(
     kind: Literal["round", "decode", "copy"],
     layer: Layer | None,
     copies: tuple[Copy, ...],
+    beside: tuple[Layer, ...] = (),
 ) -> Work:
-    work = Work(name=name, kind=kind, layer=layer, copies=copies)
-    shards = dict.fromkeys(checkpoint.source.shard_of(t) for t in _tensors(work))
-    return Work(name=name, kind=kind, layer=layer, copies=copies, shards=tuple(shards))
+    work = Work(name=name, kind=kind, layer=layer, copies=copies, beside=beside)
+    read = (*_tensors(work), *(piece.tensor for each in beside for piece in each.stored.parts.values()))
+    return replace(work, shards=tuple(dict.fromkeys(checkpoint.source.shard_of(tensor) for tensor in read)))
 
 
 def _tensors(work: Work) -> list[str]:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from roundel.algorithms import ALGORITHMS
 from roundel.formats import FORMATS
 from roundel.scheme import PRESETS, Scheme, integer_scheme
 from roundel.unit import Layer, Stored
 
-__all__ = ["nominal_layer", "shown_schemes", "support_rows"]
+__all__ = ["NOT_LOADED", "nominal_layer", "shown_schemes", "support_rows"]
+
+
+NOT_LOADED: Mapping[
+    tuple[str, str], str
+] = {}  # (format, scheme) -> why no reader but roundel itself was seen to load it
 
 
 def nominal_layer(scheme: Scheme) -> Layer:

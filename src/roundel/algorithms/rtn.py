@@ -37,4 +37,8 @@ class Rtn(Algorithm):
     def quantize(self, unit: Unit) -> dict[str, Rounded]:
         from roundel.ops.encode import encode
 
-        return {layer.name: Rounded(tensor=encode(unit.weight(layer), layer.scheme.weight)) for layer in unit.layers}
+        found: dict[str, Rounded] = {}
+        for layer in unit.layers:
+            tensor = encode(unit.weight(layer), layer.scheme.weight, unit.reach.get(layer.name))
+            found[layer.name] = Rounded(tensor=tensor)
+        return found

@@ -70,11 +70,13 @@ class Mlx(Format):
 
     def config(self, contents: Contents) -> dict[str, object]:
         default, found = contents.default, mlx_fields(contents.default)
-        symmetric = default.weight.symmetric
-        others = [layer.name for layer in contents.layers if layer.scheme.weight.symmetric != symmetric]
-        found |= {"sym": symmetric, "provider": "roundel"}  # for our reader; loaders look for names of modules only
-        if others:
-            found["sym_exceptions"] = others
+        found |= {"provider": "roundel"}
+        if all(layer.scheme.weight.offset is None for layer in contents.layers):  # else biases are any floats
+            symmetric = default.weight.symmetric
+            found["sym"] = symmetric  # for our reader; loaders look for names of modules only
+            others = [layer.name for layer in contents.layers if layer.scheme.weight.symmetric != symmetric]
+            if others:
+                found["sym_exceptions"] = others
         for layer in contents.layers:
             if layer.scheme != default:
                 found[(stack_experts(layer.name) or (layer.name,))[0]] = mlx_fields(layer.scheme)
