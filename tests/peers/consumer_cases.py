@@ -124,13 +124,16 @@ SPOILERS: dict[str, Callable[[Path], None]] = {
     "hqq_zeros": spoil_tensors("zero", lambda t: t - 1),
     "bnb_nibbles": spoil_tensors("weight", lambda t: swap_nibbles(t) if t.dtype == torch.uint8 else t),
     "bnb_scales": spoil_tensors("weight.absmax", lambda t: t.flip(0)),
+    "input_floats": spoil_tensors("input_global_scale", lambda t: t * 8),
     "mx_scales": spoil_tensors("weight_scale", lambda t: t + 1),
     "scales_of_rows": spoil_tensors("weight_scale", lambda t: t.flip(0)),
     "scales_of_blocks": spoil_tensors("weight_scale_inv", lambda t: t * 2),
+    "cache_scales": spoil_tensors("v_scale", lambda t: t / 4),
     "group_index": spoil_tensors("g_idx", torch.zeros_like),
 }
 
 ASYM = {"sym": False}
+CACHED = {"kv_cache": "fp8"}
 HEAD = {"quant_lm_head": True}
 KEPT = {"ignore_layers": ["mlp.down_proj", "layers.1.self_attn"]}
 MIXED = {
@@ -171,6 +174,7 @@ def auto_round() -> list[Case]:
     mx += [Case(scheme="MXFP4", options=o) for o in (MX_MIXED, KEPT, HEAD)]
     mx += [Case(scheme="MXFP4", model=m) for m in ("opt_narrow", "qwen3_moe", "tinybook")]
     mx += [Case(scheme="MXINT4", options=o) for o in ({}, KEPT)]
+    mx += [Case(scheme="FP8_STATIC", dtype="bfloat16")]  # in which its layer computes, whatever the model does
     return widths + groups + options + models + dtypes + mx
 
 
@@ -216,6 +220,9 @@ def compressed_layouts() -> list[Case]:
     decoded_at_once = [Case(**own, scheme=s, loader="dequantize") for s in ("FP8_DYNAMIC", "NVFP4A16", "INT8_W8A8")]
     mixed = [Case(**own, options=o) for o in (LAYOUTS_MIXED, WIDTHS_MIXED, KEPT, HEAD)]
     models = [Case(**own, model=m) for m in ("llama_tied", "tinybook")]
+    models += [
+        Case(**own, scheme=s, model=m, options=CACHED) for s, m in (("FP8_DYNAMIC", "llama"), ("W4A16", "qwen3"))
+    ]
     models += [Case(format="llm_compressor", model="opt_narrow", dtype="float16")]
     models += [Case(format="llm_compressor", model=m) for m in ("qwen3_moe", "mixtral")]
     models += [Case(**own, model="qwen3_moe", scheme="FP8_DYNAMIC")]
@@ -291,6 +298,8 @@ CONTROLS = (
     Case(format="llm_compressor", scheme="MXFP8", loader="dequantize", spoilt="mx_scales"),
     *(Case(format="llm_compressor", scheme=s, dtype="bfloat16", spoilt="mx_nibbles") for s in ("W4A16", "NVFP4A16")),
     Case(format="llm_compressor", scheme="FP8_DYNAMIC", dtype="bfloat16", spoilt="scales_of_rows"),
+    Case(format="llm_compressor", scheme="FP8_DYNAMIC", dtype="bfloat16", options=CACHED, spoilt="cache_scales"),
+    Case(format="llm_compressor", scheme="NVFP4", dtype="bfloat16", spoilt="input_floats"),
     Case(format="fp8", scheme="FP8_BLOCK", dtype="bfloat16", spoilt="scales_of_blocks"),
     *(Case(format="bnb", scheme="NF4", dtype="bfloat16", spoilt=s) for s in ("bnb_nibbles", "bnb_scales")),
     *(Case(format="hqq", loader="hqq", spoilt=s) for s in ("hqq_codes", "hqq_zeros")),

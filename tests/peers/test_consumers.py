@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from transformers import DynamicCache
 
 import roundel
 from models.pico import build
@@ -35,7 +36,7 @@ from roundel.data.bundled import bundled_model
 from roundel.evaluation.models import decoded_model
 from roundel.ops.encode import encode
 from roundel.ops.minifloat import decode_e8m0, round_e2m1, round_e4m3
-from roundel.scheme import MIXES, PRESETS, Grid, Scheme
+from roundel.scheme import ELEMENTS, MIXES, PRESETS, Grid, Scheme
 
 HERE = Path(__file__).parent
 PEERS = Path(os.environ.get("ROUNDEL_PEERS", HERE.parents[1] / ".peers"))
@@ -91,7 +92,7 @@ def make_model(name: str, folder: Path) -> Path:
 
 def make_job(case: Case, source: Path, folder: Path) -> Result:
     """Quantize, and say what is to be loaded and how."""
-    measured = case.scheme not in MIXES and Scheme.parse(case.scheme).stores_input_scale
+    measured = "kv_cache" in case.options or (case.scheme not in MIXES and Scheme.parse(case.scheme).stores_input_scale)
     options = {**case.options, **(CALIBRATED if measured else {})}
     for kind in ("ours", "spoilt") if case.spoilt else ("ours",):
         roundel.quantize(source, folder / kind, scheme=case.scheme, format=case.format, **options)
@@ -165,8 +166,10 @@ def reference(case: Case, result: Result) -> Tensor:
     if grids:
         model.set_experts_implementation("eager")  # its experts go through `linear`
     rule = rounded if case.format == "auto_round" else rounded_by_compressed_tensors
+    cache = RoundedCache(Path(result["ours"])) if "kv_cache" in case.options else None
     with torch.no_grad(), RoundedInputs(grids, rule):
-        logits: Tensor = model(input_ids=torch.tensor([PROMPT]), use_cache=False).logits[0].float()
+        output = model(input_ids=torch.tensor([PROMPT]), use_cache=False, past_key_values=cache)
+        logits: Tensor = output.logits[0].float()
     return logits
 
 
@@ -200,10 +203,23 @@ class RoundedInputs(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class RoundedCache(DynamicCache):
+    """Keys and values in FP8, with the scales that are stored."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.scales = load_file(folder / "model.safetensors")
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        scale = [self.scales[f"model.layers.{layer}.self_attn.{part}_scale"] for part in "kv"]
+        grid = Grid(element=ELEMENTS["e4m3"], block=(0, 0), scale="F32")
+        return rounded_by_stored_scale(keys, grid, scale[0]), rounded_by_stored_scale(values, grid, scale[1])
+
+
 def rounded(inputs: Tensor, grid: Grid, measured: Tensor | None) -> Tensor:
     """As the scheme says, but for MXINT4: auto-round forgets to tell its rounding so, which then takes MXFP4."""
     if measured is not None:
-        return rounded_by_stored_scale(inputs.float(), grid, measured)
+        return rounded_by_stored_scale(inputs, grid, measured)
     return encode(inputs, PRESETS["MXFP4"].weight if grid == PRESETS["MXINT4"].weight else grid).decode()
 
 
@@ -236,8 +252,8 @@ def rounded_by_stored_scale(inputs: Tensor, grid: Grid, measured: Tensor) -> Ten
     if not isinstance(grid.scale, Grid):
         scale = measured.to(inputs.dtype)
         return round_e4m3((inputs / scale).clamp(grid.element.lo, grid.element.hi).float()).to(inputs.dtype) * scale
-    groups = inputs.float().unflatten(-1, (-1, grid.block[1]))
-    largest = groups.abs().amax(-1, keepdim=True)
+    groups = inputs.unflatten(-1, (-1, grid.block[1]))
+    largest = groups.abs().amax(-1, keepdim=True)  # divided by 6 in the dtype of the inputs, the rest is float32
     scale = round_e4m3((largest / grid.element.hi / measured).clamp(max=grid.scale.element.hi)).float() * measured
     scaled = torch.where(scale == 0, 0.0, groups / scale).clamp(grid.element.lo, grid.element.hi)
     levels = torch.tensor(grid.element.values, dtype=torch.float32)[round_e2m1(scaled).long()]

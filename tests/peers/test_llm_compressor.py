@@ -6,6 +6,7 @@ tests skip.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from itertools import pairwise
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 import roundel
 from models.pico import build
+from peers.make_models import write_tokenizer
 from roundel.checkpoint import open_checkpoint
 
 HERE = Path(__file__).parent
@@ -25,6 +27,12 @@ PYTHON = PEERS / "llmcompressor" / "bin" / "python"
 FLOAT = ".weight_global_scale"
 
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason=f"llm-compressor is not installed: no {PYTHON}")
+
+
+def run(*arguments: object) -> None:
+    command = [PYTHON, HERE / "run_llm_compressor.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(str(arguments[1])).parent)
+    assert done.returncode == 0, done.stderr
 
 
 def errors(source: Path, rounded: Path) -> dict[str, float]:
@@ -40,14 +48,7 @@ def errors(source: Path, rounded: Path) -> dict[str, float]:
 def test_nvfp4_is_no_worse_and_shares_the_same_floats(tmp_path: Path) -> None:
     source = build("llama", tmp_path / "model", hidden_size=128, intermediate_size=256)
     roundel.quantize(source, tmp_path / "ours", scheme="NVFP4A16", format="llm_compressor")
-    done = subprocess.run(
-        [PYTHON, HERE / "run_llm_compressor.py", source, tmp_path / "theirs", "NVFP4A16"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
+    run(source, tmp_path / "theirs", "NVFP4A16")
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
     shared = [name for name in ours if name.endswith(FLOAT)]
     assert shared
@@ -59,3 +60,24 @@ def test_nvfp4_is_no_worse_and_shares_the_same_floats(tmp_path: Path) -> None:
     own, other = errors(source, tmp_path / "ours"), errors(source, tmp_path / "theirs")
     assert own.keys() == other.keys()
     assert sum(own.values()) <= sum(other.values()) * 1.0001
+
+
+def test_scales_of_keys_and_values(tmp_path: Path) -> None:
+    """Both are measured on what rounded blocks hand on. Theirs round inputs there, too, so the second block's differ a
+    little."""
+    source = build("qwen3", tmp_path / "model", dtype="float32", hidden_size=128, num_hidden_layers=2)
+    write_tokenizer(source)
+    ids = torch.randint(3, 60, (8, 32), generator=torch.Generator().manual_seed(3)).tolist()
+    (tmp_path / "tokens.json").write_text(json.dumps(ids))
+    options = {"dataset": ids, "nsamples": len(ids), "seqlen": len(ids[0]), "kv_cache": "fp8"}
+    roundel.quantize(source, tmp_path / "ours", scheme="FP8_DYNAMIC", format="llm_compressor", **options)
+    run(source, tmp_path / "theirs", "FP8_DYNAMIC", tmp_path / "tokens.json")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
+    names = [name for name in ours if name.endswith(("k_scale", "v_scale"))]
+    assert len(names) == 4
+    for name in names:
+        tolerance = 1e-4 if ".layers.0." in name else 0.05
+        torch.testing.assert_close(ours[name], theirs[name].float(), rtol=tolerance, atol=0)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("ours", "theirs")]
+    one, other = (config["quantization_config"]["kv_cache_scheme"] for config in configs)
+    assert one.items() <= other.items()
