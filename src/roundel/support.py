@@ -12,9 +12,9 @@ from roundel.unit import Layer, Stored
 __all__ = ["NOT_LOADED", "nominal_layer", "shown_schemes", "support_rows"]
 
 
-NOT_LOADED: Mapping[
-    tuple[str, str], str
-] = {}  # (format, scheme) -> why no reader but roundel itself was seen to load it
+# (format, scheme) -> why none of the runtimes that tests start was seen to load it. All other cells were loaded, and
+# the models said what they say with the weights as roundel reads them.
+NOT_LOADED: Mapping[tuple[str, str], str] = {}
 
 
 def nominal_layer(scheme: Scheme) -> Layer:
