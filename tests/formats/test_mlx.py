@@ -19,7 +19,7 @@ from roundel.checkpoint import open_checkpoint
 from roundel.errors import NumericsError, PlanError, SourceError
 from roundel.formats import FORMATS, Contents, reader_of
 from roundel.formats.mlx import MXFP4, MXFP8, NVFP4, flat_rope
-from roundel.scheme import Scheme
+from roundel.scheme import ELEMENTS, Scheme
 from roundel.tensor import QuantizedTensor, TensorSpec
 from roundel.unit import Layer, Stored, Unit
 
@@ -122,6 +122,22 @@ def test_nvfp4_and_back() -> None:
     found = reader.find("a.b", {s.name: s for s in MLX.outputs(layer)})  # type: ignore[union-attr]
     assert found is not None
     assert (found.scheme, found.shape) == (NVFP4, (8, 64))
+
+
+def test_nvfp4_is_rounded_without_a_float_for_the_matrix() -> None:
+    scheme = MLX.grid_of(Scheme.parse("NVFP4A16"))
+    assert scheme == NVFP4
+    weight = matrix(8, 64, scale=1.0)
+    weight[2, 16:32] = 0
+    weight[3, :16] = 1e-4  # below the least scale
+    quantized = rounded(layer_of(scheme, (8, 64)), weight)
+    groups = weight.view(8, 4, 16)
+    scale = (groups.abs().amax(-1) / 6).to(torch.float8_e4m3fn)
+    assert torch.equal(quantized.scale.view(torch.uint8), scale.view(torch.uint8))  # type: ignore[union-attr]
+    levels = torch.tensor(sorted({*ELEMENTS["e2m1"].values}))  # type: ignore[misc]
+    nearest = levels[(groups[..., None] / scale.float()[..., None, None] - levels).abs().argmin(-1)]
+    expected = torch.where(scale.float()[..., None] == 0, 0.0, nearest * scale.float()[..., None])
+    assert torch.equal(quantized.decode(), expected.view(8, 64))
 
 
 @pytest.mark.parametrize(

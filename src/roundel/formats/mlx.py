@@ -53,6 +53,10 @@ class Mlx(Format):
     summary: ClassVar[str] = "MLX: mlx-lm"
     quantization: Mapping[str, object] = field(default_factory=dict)
 
+    def grid_of(self, scheme: Scheme) -> Scheme:
+        """MLX's NVFP4 has no float for the whole matrix: scales are those of the weights themselves."""
+        return NVFP4 if scheme == PRESETS["NVFP4A16"] else scheme
+
     def refuse(self, layer: Layer) -> str | None:
         return refuse_mlx(layer, self.name)
 

@@ -21,8 +21,8 @@ def encode(weight: Tensor, grid: Grid, reach: float | None = None) -> QuantizedT
 
     weight   [out, in], any float dtype, finite; rounded as float32
     grid     integers; e2m1, e4m3 or e0m3 with power-of-two scales; e2m1 with e4m3 scales and one float for the matrix
-             (NVFP4); e4m3 with float scales (FP8); ggml's block types; bitsandbytes' tables. Blocks are (1, n) or
-             (1, 0), of FP8 any
+             (NVFP4), or none (MLX's); e4m3 with float scales (FP8); ggml's block types; bitsandbytes' tables. Blocks
+             are (1, n) or (1, 0), of FP8 any
     reach    of NVFP4, the largest magnitude that the float for the matrix is to cover, where other matrices share it;
              None: the matrix' own
     """
@@ -79,7 +79,7 @@ def encode_scaled(
         steps = scale.float().repeat_interleave(rows, 0)[:out].repeat_interleave(columns, 1)[:, :width]
         return QuantizedTensor(grid=grid, codes=ROUND[grid.element.name](weight.float() / steps), scale=scale)
     groups = grouped(weight.float(), columns)
-    if grid.element.name in TABLES or isinstance(scale, QuantizedTensor):
+    if grid.element.name in TABLES or isinstance(scale, QuantizedTensor) or grid.scale == "F8_E4M3":
         steps = plain(scale)
         scaled = groups * torch.where(steps == 0, 0.0, 1 / steps)[..., None]
     elif grid.scale == "E8M0":
