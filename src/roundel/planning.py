@@ -452,7 +452,8 @@ def _stacks(layers: Sequence[Layer], format: Format) -> dict[str, tuple[str, int
     for layer in layers:
         stack = format.stack(layer.name)
         if stack is not None:
-            found |= {f"{layer.name}.{s.name}": (f"{stack[0]}.{s.name}", stack[1]) for s in format.outputs(layer)}
+            parts = [s.name for s in format.outputs(layer)] + ["bias"] * (layer.bias is not None)
+            found |= {f"{layer.name}.{part}": (f"{stack[0]}.{part}", stack[1]) for part in parts}
     return found
 
 

@@ -238,3 +238,23 @@ def test_rope_is_found_where_readers_look(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["rope_theta"] == 12345.0
     assert written["quantization"] == written["quantization_config"]
+
+
+def test_experts_of_gpt_oss_keep_their_numbers_and_biases(tmp_path: Path) -> None:
+    """mlx-lm holds them under `experts`, biases in one tensor as well; MXFP4 moves over as it is."""
+    source = build("gpt_oss", tmp_path / "model")
+    roundel.quantize(source, tmp_path / "out", scheme="MXFP4A16", format="mlx", ignore_layers=["self_attn"])
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    up = "model.layers.0.mlp.experts.up_proj"
+    assert tensors[f"{up}.weight"].dim() == 3
+    assert tensors[f"{up}.bias"].shape == tensors[f"{up}.scales"].shape[:2]
+    assert not any("switch_mlp" in name or ".experts.0." in name for name in tensors)
+    before, after = open_checkpoint(source), open_checkpoint(tmp_path / "out")
+    assert set(after.layers) == {name for name in before.layers if ".experts." in name}
+    for name, layer in after.layers.items():
+        assert torch.equal(after.decode(name), before.decode(name))
+        one, other = (c.read_piece(c.matrices[name].bias[1]) for c in (before, after))  # type: ignore[index]
+        assert layer.bias is not None
+        assert torch.equal(one, other)
+    before.close()
+    after.close()

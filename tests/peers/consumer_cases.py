@@ -51,6 +51,7 @@ CONSUMERS = {
 }
 ELSEWHERE: Mapping[str, str] = {"gguf": "test_gguf_files.py"}  # formats whose cells another file of tests loads
 LLAMA = {"hidden_size": 256, "intermediate_size": 768, "head_dim": 64, "vocab_size": 512}
+GPT_OSS = {"vocab_size": 512, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", LLAMA),
     "llama_tied": ("llama", LLAMA | {"tie_word_embeddings": True}),
@@ -59,6 +60,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt_narrow": ("opt", {"hidden_size": 256, "ffn_dim": 512, "word_embed_proj_dim": 128, "vocab_size": 512}),
     "qwen3": ("qwen3", LLAMA),
     "qwen3_moe": ("qwen3_moe", LLAMA | {"moe_intermediate_size": 128, "norm_topk_prob": False}),
+    "gpt_oss": ("gpt_oss", GPT_OSS),
+    "gpt_oss_bf16": ("gpt_oss", GPT_OSS | {"quantization_config": None}),
     "mixtral": ("mixtral", LLAMA | {"intermediate_size": 256}),
 }
 
@@ -166,6 +169,8 @@ def auto_round() -> list[Case]:
     groups = [Case(options={"group_size": size} | o) for size in (32, 64, -1) for o in ({}, ASYM)]
     options = [Case(options=o) for o in (MIXED, MIXED | ASYM, {"layer_config": {"down_proj": {"sym": False}}}, KEPT)]
     options += [Case(options=o) for o in (KEPT | ASYM, HEAD, HEAD | ASYM, {"layer_config": {"lm_head": {"bits": 8}}})]
+    # Its kernel for these widths computes in float16, whatever the model does.
+    widths += [Case(scheme=f"W{bits}A16G{size}", dtype="float16") for bits in (5, 6, 7) for size in (64, 32)]
     models = [Case(model=m, options=o) for m in ("opt", "opt_narrow", "qwen3_moe", "tinybook") for o in ({}, ASYM)]
     models += [Case(model="llama_tied", options=o) for o in ({}, HEAD)]
     models += [Case(model="qwen3_moe", scheme="W4A16_MIXED"), Case(model="tinybook", scheme="W2A16G32")]
@@ -247,6 +252,7 @@ def mlx() -> list[Case]:
     options = [Case(**own, options=o) for o in (MIXED, MIXED | ASYM, KEPT, HEAD, EMBEDDING)]
     models = [Case(**own, model=m) for m in ("llama_tied", "qwen3", "qwen3_moe", "mixtral", "tinybook")]
     models += [Case(**own, model="llama_tied", options=o) for o in (HEAD, EMBEDDING)]
+    models += [Case(**own, model="gpt_oss", scheme="MXFP4A16"), Case(**own, model="gpt_oss_bf16", scheme="W4A16G32")]
     auto_round = [Case(**own | {"format": "auto_round:mlx"}, model=m, options=o) for m, o in MLX_OF_AUTO_ROUND]
     return [*widths, *groups, *options, *models, *auto_round]
 

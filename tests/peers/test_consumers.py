@@ -148,7 +148,11 @@ def reference(case: Case, result: Result) -> Tensor:
     """Logits [tokens, vocab] of the float model with our decoded weights, in the dtype the consumer computed in."""
     checkpoint = open_checkpoint(result["ours"])
     layers = checkpoint.layers
-    model: Any = decoded_model(Path(result["ours"]), {name: decoded(case, checkpoint, name) for name in layers})
+    weights = {name: decoded(case, checkpoint, name) for name in layers}
+    if case.model.startswith("gpt_oss"):
+        model: Any = gpt_oss(weights, Path(result["ours"]).parent / "float")
+    else:
+        model = decoded_model(Path(result["ours"]), weights)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(getattr(torch, result["dtype"].removeprefix("torch.")))
     modules, grids = dict(model.named_modules()), {}
@@ -171,6 +175,21 @@ def reference(case: Case, result: Result) -> Tensor:
         output = model(input_ids=torch.tensor([PROMPT]), use_cache=False, past_key_values=cache)
         logits: Tensor = output.logits[0].float()
     return logits
+
+
+def gpt_oss(weights: Mapping[str, Tensor], folder: Path) -> torch.nn.Module:
+    """GPT-OSS with these weights, experts by themselves, in the tensors [experts, in, out] that transformers has."""
+    apart = {name: weight for name, weight in weights.items() if ".experts." not in name}
+    model = decoded_model(make_model("gpt_oss_bf16", folder), apart)
+    for name, parameter in model.named_parameters():
+        block, _, part = name.rpartition(".")
+        if part in ("gate_up_proj", "down_proj"):
+            several = [
+                torch.stack([weights[f"{block}.{expert}.{each}"].T for expert in range(len(parameter))])
+                for each in (("down_proj",) if part == "down_proj" else ("gate_proj", "up_proj"))
+            ]
+            parameter.data = torch.stack(several, -1).flatten(-2)
+    return model
 
 
 def decoded(case: Case, checkpoint: Checkpoint, name: str) -> Tensor:
