@@ -169,8 +169,6 @@ def auto_round() -> list[Case]:
     groups = [Case(options={"group_size": size} | o) for size in (32, 64, -1) for o in ({}, ASYM)]
     options = [Case(options=o) for o in (MIXED, MIXED | ASYM, {"layer_config": {"down_proj": {"sym": False}}}, KEPT)]
     options += [Case(options=o) for o in (KEPT | ASYM, HEAD, HEAD | ASYM, {"layer_config": {"lm_head": {"bits": 8}}})]
-    # Its kernel for these widths computes in float16, whatever the model does.
-    widths += [Case(scheme=f"W{bits}A16G{size}", dtype="float16") for bits in (5, 6, 7) for size in (64, 32)]
     models = [Case(model=m, options=o) for m in ("opt", "opt_narrow", "qwen3_moe", "tinybook") for o in ({}, ASYM)]
     models += [Case(model="llama_tied", options=o) for o in ({}, HEAD)]
     models += [Case(model="qwen3_moe", scheme="W4A16_MIXED"), Case(model="tinybook", scheme="W2A16G32")]

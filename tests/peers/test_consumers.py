@@ -41,7 +41,7 @@ from roundel.scheme import ELEMENTS, MIXES, PRESETS, Grid, Scheme
 HERE = Path(__file__).parent
 PEERS = Path(os.environ.get("ROUNDEL_PEERS", HERE.parents[1] / ".peers"))
 LOADER_OF = {"mlx": "load_mlx.py"}  # of a consumer, where it is not load_checkpoint.py
-NEAR = 1e-4  # KL of arithmetic alone, in nats; most cases are exact
+NEAR = 2e-4  # KL of arithmetic alone, in nats; most cases are exact, kernels in float16 come to 1.1e-4
 FAR = 1e-2  # KL that a control has at least
 
 PROMPT = torch.randint(3, 500, (20,), generator=torch.Generator().manual_seed(1)).tolist()
