@@ -90,7 +90,8 @@ parity: $(VENV)/.ready peers
 	$(VENV)/bin/python -m pytest tests/peers/test_auto_round.py tests/peers/test_ggml.py
 
 consumers: $(VENV)/.ready peers
-	$(VENV)/bin/python -m pytest tests/peers/test_consumers.py tests/peers/test_gguf_files.py tests/peers/test_gguf_models.py
+	$(VENV)/bin/python -m pytest tests/peers/test_consumers.py tests/peers/test_llm_compressor.py \
+	    tests/peers/test_gguf_files.py tests/peers/test_gguf_models.py
 
 benchmarks: $(VENV)/.ready peers
 	$(VENV)/bin/python benchmarks/model_free.py

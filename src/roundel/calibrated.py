@@ -19,7 +19,7 @@ from roundel.interruption import Interruption
 from roundel.io.journal import Journal
 from roundel.io.safetensors import Shard
 from roundel.io.source import LocalFiles
-from roundel.matrices import Demoted, as_bytes, errors_of, finite, sound
+from roundel.matrices import Demoted, as_bytes, errors_of, finite, reaches, sound
 from roundel.memory import give_back, peak_memory
 from roundel.output import FRONTIER
 from roundel.planning import Plan, Work, part_of
@@ -185,9 +185,10 @@ class Units:
             behind["float"] = self._frontier(following or f"{work.name}.behind", "float")
             self._advance(block, weights, streams["float"], behind["float"])
         unit, notes = self._transformed(self._make(work, block, weights, streams, behind))
+        unit = replace(unit, reach=reaches(unit.layers, unit.weights))
         rounded = with_input_scales(unit, self.chain.algorithm.quantize(unit))
         give_back()
-        row = self._write(work, unit, weights, rounded, notes)
+        row = self._write(work, unit, weights, rounded, notes, self._cached(work, block, unit, streams["quantized"]))
         seconds = time.perf_counter() - started
         if not is_last:
             behind["quantized"] = self._frontier(following or "", "quantized")
@@ -207,6 +208,15 @@ class Units:
         if self.progress is not None:
             self.progress(work, row)
         return behind
+
+    def _cached(self, work: Work, block: Block | Blocks, unit: Unit, entering: Frontier) -> dict[str, Tensor]:
+        """Scales of the keys and values of a unit's attention, by tensor name."""
+        from roundel.calibration.cache_scales import cache_scales
+
+        if not work.caches:
+            return {}
+        states = (entering.read(samples).to(self.device) for samples in self._batches())
+        return cache_scales(block, work.caches, states, unit.weights)
 
     def _transformed(self, unit: Unit) -> tuple[Unit, list[str]]:
         notes: list[str] = []
@@ -276,6 +286,7 @@ class Units:
         weights: Mapping[str, Tensor],
         rounded: dict[str, Rounded],
         notes: Sequence[str],
+        cached: Mapping[str, Tensor],
     ) -> Row:
         """Pack every layer and put it to its place; what stays goes with its new numbers where a transform moved it."""
         rows: list[Row] = []
@@ -290,6 +301,8 @@ class Units:
             rows.append(replace(row, nbytes=tuple(nbytes)))
         kept = [0] * len(self.shards)
         for number, output in enumerate(self.plan.outputs):
+            for name, scale in cached.items():
+                kept[number] += self._put(number, name, as_bytes(scale))
             stay = [(TensorSpec(x.tensor, x.dtype, x.shape), unit.weights[x.tensor]) for x in work.decodes]
             for copy in work.copies:
                 now = unit.weights[copy.spec.name]

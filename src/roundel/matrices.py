@@ -1,11 +1,15 @@
-"""A matrix between float and file: is it finite, what did rounding cost, which bytes is it."""
+"""A matrix between float and file: is it finite, what has it in common with others, what did rounding cost, which bytes
+is it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from roundel.errors import NumericsError
+from roundel.families.stacked import stacked_with
 from roundel.fusion import Errors, not_finite
+from roundel.scheme import Grid
 from roundel.unit import Layer
 
 if TYPE_CHECKING:
@@ -13,7 +17,7 @@ if TYPE_CHECKING:
 
     from roundel.algorithms import Rounded
 
-__all__ = ["Demoted", "as_bytes", "errors_of", "finite", "sound"]
+__all__ = ["Demoted", "as_bytes", "errors_of", "finite", "largest", "reaches", "sharing", "sound"]
 
 COMPARED = 1 << 20  # weights compared at a time
 
@@ -40,6 +44,32 @@ def finite(layer: Layer, weight: Tensor) -> Tensor:
         row, column = (int(i) for i in (~is_finite).nonzero()[0])
         raise not_finite(layer, row, column, float(weight[row, column]))
     return weight
+
+
+def sharing(layer: Layer, layers: Mapping[str, Layer]) -> tuple[Layer, ...]:
+    """Those of other layers, by name, that have one scale for the whole matrix in common with a layer: runtimes stack
+    them (`families.stacked`) and they are on the same grid. None of them where the grid has no such scale."""
+    scale = layer.scheme.weight.scale
+    if not isinstance(scale, Grid) or scale.block != (0, 0):
+        return ()
+    near = (layers.get(name) for name in stacked_with(layer.name) if name != layer.name)
+    return tuple(each for each in near if each is not None and each.scheme.weight == layer.scheme.weight)
+
+
+def reaches(layers: Iterable[Layer], weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """`Unit.reach` of layers that are in memory together."""
+    by_name = {layer.name: layer for layer in layers}
+    shared = {name: (layer, *others) for name, layer in by_name.items() if (others := sharing(layer, by_name))}
+    own = {each.name: largest(weights[each.tensor]) for together in shared.values() for each in together}
+    return {name: max(own[each.name] for each in together) for name, together in shared.items()}
+
+
+def largest(weight: Tensor) -> float:
+    """The largest magnitude among finite weights; 0 where there are none."""
+    import torch
+
+    magnitudes = weight.abs()
+    return float(torch.where(magnitudes.isfinite(), magnitudes, 0.0).max()) if weight.numel() else 0.0
 
 
 def sound(layer: Layer, weight: Tensor, rounded: Rounded, *, strict: bool) -> Rounded:

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from roundel.fusion import fuses, round_and_pack
 from roundel.interruption import Interruption
 from roundel.io.journal import Journal
 from roundel.io.safetensors import Shard
-from roundel.matrices import Demoted, as_bytes, errors_of, finite, sound
+from roundel.matrices import Demoted, as_bytes, errors_of, finite, largest, sound
 from roundel.memory import free_memory
 from roundel.output import clear, finish, is_intact, open_shards
 from roundel.planning import Copy, Plan, Work
@@ -192,6 +193,7 @@ class _Loop:
     algorithm: Algorithm
     outside: str | None = None  # said of every layer, where the algorithm is not the one asked for
     bad: dict[str, str] = field(default_factory=dict)
+    largest: dict[str, float] = field(default_factory=dict)
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -269,20 +271,20 @@ class _Loop:
             )
             row = row_of(layer, None, errors, self.outside)
         else:
-            row = self._round(layer, nbytes)
+            row = self._round(layer, work.beside, nbytes)
         return replace(row, kind=work.kind, nbytes=tuple(nbytes))
 
-    def _round(self, layer: Layer, nbytes: list[int]) -> Row:
+    def _round(self, layer: Layer, beside: Sequence[Layer], nbytes: list[int]) -> Row:
         """The general way: any source, any algorithm, any device, several formats."""
         with _stream(self.device):
-            weight, rounded = self._quantize(layer)
+            weight, rounded = self._quantize(layer, beside)
             for number, output in enumerate(self.plan.outputs):
                 parts = output.format.pack(layer, rounded.tensor)
                 self._put({f"{layer.name}.{part}": as_bytes(tensor) for part, tensor in parts.items()}, nbytes, number)
             decoded = self.plan.outputs[0].format.decode(rounded.tensor)
             return row_of(layer, rounded, errors_of(weight, decoded), self.outside)
 
-    def _quantize(self, layer: Layer) -> tuple[Tensor, Rounded]:
+    def _quantize(self, layer: Layer, beside: Sequence[Layer]) -> tuple[Tensor, Rounded]:
         grid = layer.scheme.weight
         if layer.moves:
             quantized = replace(self.checkpoint.unpack(layer), grid=grid)
@@ -291,8 +293,15 @@ class _Loop:
                 # on the asked grid already: nothing to round
                 return finite(layer, quantized.decode()), Rounded(tensor=quantized)
         weight = finite(layer, _to_device(self.checkpoint.weights(layer), self.device))
-        unit = Unit(name=layer.name, layers=(layer,), weights={layer.tensor: weight})
+        reach = {layer.name: max(map(self._largest, beside))} if beside else {}
+        unit = Unit(name=layer.name, layers=(layer,), weights={layer.tensor: weight}, reach=reach)
         return weight, sound(layer, weight, self.algorithm.quantize(unit)[layer.name], strict=self.plan.recipe.strict)
+
+    def _largest(self, layer: Layer) -> float:
+        """The largest weight of a layer that is rounded elsewhere."""
+        if layer.name not in self.largest:
+            self.largest[layer.name] = largest(self.checkpoint.weights(layer))
+        return self.largest[layer.name]
 
     def _copy(self, copy: Copy, nbytes: list[int]) -> None:
         name, whole = copy.spec.name, copy.piece.is_whole

@@ -11,7 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +21,10 @@ from roundel.choosing import choose, head_asked, layers_of, settle
 from roundel.errors import PlanError
 from roundel.families import text_config
 from roundel.formats import Contents, Format, Model, format_named
+from roundel.formats.format import CACHE_PARTS
 from roundel.fusion import fuses, slab_rows
 from roundel.io.safetensors import ShardLayout, stacked
+from roundel.matrices import sharing
 from roundel.recipe import Choice, Recipe, parse_size
 from roundel.scheme import Scheme
 from roundel.tensor import ITEMSIZE, TensorSpec
@@ -51,6 +53,8 @@ class Work:
     layers   the matrices of a unit that are rounded
     decodes  the packed matrices of a unit that stay in full precision
     blocks   the names of a unit's blocks, in the order they are run
+    caches   attention modules of a unit whose keys and values are measured
+    beside   layers rounded elsewhere that have a scale in common with `layer`, so that they are read, too
     shards   source files it reads
     """
 
@@ -61,6 +65,8 @@ class Work:
     layers: tuple[Layer, ...] = ()
     decodes: tuple[Layer, ...] = ()
     blocks: tuple[str, ...] = ()
+    caches: tuple[str, ...] = ()
+    beside: tuple[Layer, ...] = ()
     shards: tuple[str, ...] = ()
 
     @property
@@ -183,6 +189,7 @@ class Plan:
         return found
 
 
+_ATTENTION = re.compile(r"(.+)\.(?:k_proj|qkv_proj|query_key_value|Wqkv|c_attn)(?:\.weight)?")
 COPY_BYTES = 8 << 20  # a copy goes from file to file, at most through a buffer of this size
 BASE_PLAIN = 141 << 20  # interpreter, numpy, numba, rich: measured
 BASE_WITH_TORCH = 330 << 20  # the same with torch: measured
@@ -279,6 +286,8 @@ def build_plan(
     if recipe.reads_activations:
         works = _units(works, checkpoint, recipe.chain.blocks_at_a_time)
         _check_measured(works)
+    if recipe.kv_cache is not None:
+        works = _with_caches(works, settled)
     _check_stacks(layers, choices, settled)
     _check_names(works, settled, checkpoint.source.name)
     kept = tuple(
@@ -293,6 +302,7 @@ def build_plan(
         blocks=_blocks(checkpoint, layers),
         head=checkpoint.family.head,
         embedding=checkpoint.family.embedding.removesuffix(".weight"),
+        kv_cache=recipe.kv_cache,
     )
     outputs = tuple(
         Output(
@@ -340,7 +350,7 @@ def _works(checkpoint: Checkpoint, matrices: Mapping[str, Matrix], layers: Mappi
             continue
         copies = (_copy(source.tensors, *matrix.bias),) if matrix.bias else ()
         if layer is not None:
-            works.append(_work(checkpoint, matrix.name, "round", layer, copies))
+            works.append(_work(checkpoint, matrix.name, "round", layer, copies, sharing(layer, layers)))
         elif matrix.stored.format != "plain":
             works.append(_work(checkpoint, matrix.name, "decode", matrix.layer(), copies))
         else:
@@ -397,6 +407,34 @@ def _block_count(config: Mapping[str, object]) -> int | None:
     return count if isinstance(count, int) else None
 
 
+def _with_caches(works: Sequence[Work], formats: Sequence[Format]) -> tuple[Work, ...]:
+    """The works, their attention modules named. Scales that the source has are measured anew."""
+    problems = [
+        f"{f.name} has no place for scales of keys and values that its readers look at, which --kv-cache asks for. "
+        "Use format llm_compressor, or leave --kv-cache out."
+        for f in formats
+        if not f.caches
+    ]
+    found: list[Work] = []
+    for work in works:
+        if work.kind != "unit" or any(layer.role == "head" for layer in work.layers):
+            found.append(work)
+            continue
+        names = [layer.name for layer in (*work.layers, *work.decodes)] + [c.spec.name for c in work.copies]
+        modules = tuple(dict.fromkeys(m[1] for name in names if (m := _ATTENTION.fullmatch(name))))
+        if not modules:
+            problems.append(
+                f"{work.name} has no keys and values of its own (k_proj and v_proj, or qkv_proj), as with latent "
+                "attention. Leave --kv-cache out."
+            )
+        again = {f"{module}.{part}" for module in modules for part in CACHE_PARTS}
+        kept = tuple(copy for copy in work.copies if copy.spec.name not in again)
+        found.append(replace(work, caches=modules, copies=kept))
+    if problems:
+        raise PlanError(problems)
+    return tuple(found)
+
+
 def _check_measured(works: Sequence[Work]) -> None:
     """Inputs are measured where tokens run through blocks."""
     apart = [w.layer for w in works if w.kind == "round" and w.layer is not None and w.layer.scheme.stores_input_scale]
@@ -414,7 +452,8 @@ def _stacks(layers: Sequence[Layer], format: Format) -> dict[str, tuple[str, int
     for layer in layers:
         stack = format.stack(layer.name)
         if stack is not None:
-            found |= {f"{layer.name}.{s.name}": (f"{stack[0]}.{s.name}", stack[1]) for s in format.outputs(layer)}
+            parts = [s.name for s in format.outputs(layer)] + ["bias"] * (layer.bias is not None)
+            found |= {f"{layer.name}.{part}": (f"{stack[0]}.{part}", stack[1]) for part in parts}
     return found
 
 
@@ -463,10 +502,11 @@ def _work(
     kind: Literal["round", "decode", "copy"],
     layer: Layer | None,
     copies: tuple[Copy, ...],
+    beside: tuple[Layer, ...] = (),
 ) -> Work:
-    work = Work(name=name, kind=kind, layer=layer, copies=copies)
-    shards = dict.fromkeys(checkpoint.source.shard_of(t) for t in _tensors(work))
-    return Work(name=name, kind=kind, layer=layer, copies=copies, shards=tuple(shards))
+    work = Work(name=name, kind=kind, layer=layer, copies=copies, beside=beside)
+    read = (*_tensors(work), *(piece.tensor for each in beside for piece in each.stored.parts.values()))
+    return replace(work, shards=tuple(dict.fromkeys(checkpoint.source.shard_of(tensor) for tensor in read)))
 
 
 def _tensors(work: Work) -> list[str]:
@@ -479,6 +519,7 @@ def _specs(works: Sequence[Work], format: Format) -> list[TensorSpec]:
     for work in works:
         for layer in work.rounded:
             specs += [TensorSpec(f"{layer.name}.{s.name}", s.dtype, s.shape) for s in format.outputs(layer)]
+        specs += [TensorSpec(f"{module}.{part}", "F32", (1,)) for module in work.caches for part in CACHE_PARTS]
         decoded = work.decodes if work.layer is None or work.kind == "round" else (work.layer,)
         stay = [TensorSpec(layer.tensor, layer.dtype, layer.shape) for layer in decoded]
         kept = (format.kept(spec) for spec in (*stay, *(c.spec for c in work.copies)))

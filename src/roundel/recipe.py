@@ -70,6 +70,7 @@ class Recipe:
                     win over patterns, later patterns over earlier ones
     ignore_layers   patterns of layers to keep in full precision
     quant_lm_head   whether the output head is rounded too
+    kv_cache        "fp8": scales are stored with which runtimes keep keys and values in FP8; None: none are
     shard_size      largest output file, as bytes or "5GB"
     strict          whether a fallback is an error instead of a row of the report
 
@@ -93,6 +94,7 @@ class Recipe:
     layer_config: Mapping[str, str | Mapping[str, object]] = field(default_factory=dict)
     ignore_layers: tuple[str, ...] = ()
     quant_lm_head: bool = False
+    kv_cache: str | None = None
     shard_size: str | int = "5GB"
     strict: bool = False
 
@@ -121,6 +123,8 @@ class Recipe:
                 raise RecipeError(f"{name}={value!r} is not possible: it is a whole number, at least {low}.")
         if self.activation_dtype not in ("float32", "bfloat16"):
             raise RecipeError(f"activation_dtype={self.activation_dtype!r} is not possible: float32 or bfloat16.")
+        if self.kv_cache not in (None, "fp8"):
+            raise RecipeError(f"kv_cache={self.kv_cache!r} is not possible: fp8, or nothing.")
         reads = self.reads_activations
         if self.calibrate_all_experts and not reads:
             raise RecipeError(f"calibrate_all_experts has no meaning for {self.algorithm}, which looks at no data.")
@@ -136,11 +140,12 @@ class Recipe:
 
     @cached_property
     def reads_activations(self) -> bool:
-        """Whether any step looks at data, or a scheme stores what only data can tell."""
+        """Whether any step looks at data, or what only data can tell is stored, of a layer's inputs or of the cache."""
         default = self.default_for("linear")
         own = (scheme_of_entry(pattern, value, default) for pattern, value in self.layer_config.items())
         schemes = (default, self.default_for("expert"), self.default_for("head"), *own)
-        return self.chain.reads_activations or any(each.stores_input_scale for each in schemes if each is not None)
+        stores = self.kv_cache is not None or any(each.stores_input_scale for each in schemes if each is not None)
+        return self.chain.reads_activations or stores
 
     @property
     def label(self) -> str:

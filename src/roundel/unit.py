@@ -244,6 +244,8 @@ class Unit:
                  routers), in float32
     spaces       where a transform may act, proven on this unit
     activations  None unless an algorithm or a transform of the plan reads them
+    reach        layer name -> the largest magnitude that the scale of its whole matrix has to cover, where runtimes ask
+                 several matrices for one such scale (NVFP4); other layers are not in it
     """
 
     name: str
@@ -251,6 +253,7 @@ class Unit:
     weights: Mapping[str, Tensor]
     spaces: tuple[Space, ...] = ()
     activations: Activations | None = None
+    reach: Mapping[str, float] = field(default_factory=dict)
 
     def weight(self, layer: Layer) -> Tensor:
         """A layer's matrix [out, in] in float32."""

@@ -19,7 +19,7 @@ from roundel.checkpoint import open_checkpoint
 from roundel.errors import NumericsError, PlanError, SourceError
 from roundel.formats import FORMATS, Contents, reader_of
 from roundel.formats.mlx import MXFP4, MXFP8, NVFP4, flat_rope
-from roundel.scheme import Scheme
+from roundel.scheme import ELEMENTS, Scheme
 from roundel.tensor import QuantizedTensor, TensorSpec
 from roundel.unit import Layer, Stored, Unit
 
@@ -124,6 +124,22 @@ def test_nvfp4_and_back() -> None:
     assert (found.scheme, found.shape) == (NVFP4, (8, 64))
 
 
+def test_nvfp4_is_rounded_without_a_float_for_the_matrix() -> None:
+    scheme = MLX.grid_of(Scheme.parse("NVFP4A16"))
+    assert scheme == NVFP4
+    weight = matrix(8, 64, scale=1.0)
+    weight[2, 16:32] = 0
+    weight[3, :16] = 1e-4  # below the least scale
+    quantized = rounded(layer_of(scheme, (8, 64)), weight)
+    groups = weight.view(8, 4, 16)
+    scale = (groups.abs().amax(-1) / 6).to(torch.float8_e4m3fn)
+    assert torch.equal(quantized.scale.view(torch.uint8), scale.view(torch.uint8))  # type: ignore[union-attr]
+    levels = torch.tensor(sorted({*ELEMENTS["e2m1"].values}))  # type: ignore[misc]
+    nearest = levels[(groups[..., None] / scale.float()[..., None, None] - levels).abs().argmin(-1)]
+    expected = torch.where(scale.float()[..., None] == 0, 0.0, nearest * scale.float()[..., None])
+    assert torch.equal(quantized.decode(), expected.view(8, 64))
+
+
 @pytest.mark.parametrize(
     ("scheme", "shape", "why"),
     [
@@ -222,3 +238,23 @@ def test_rope_is_found_where_readers_look(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["rope_theta"] == 12345.0
     assert written["quantization"] == written["quantization_config"]
+
+
+def test_experts_of_gpt_oss_keep_their_numbers_and_biases(tmp_path: Path) -> None:
+    """mlx-lm holds them under `experts`, biases in one tensor as well; MXFP4 moves over as it is."""
+    source = build("gpt_oss", tmp_path / "model")
+    roundel.quantize(source, tmp_path / "out", scheme="MXFP4A16", format="mlx", ignore_layers=["self_attn"])
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    up = "model.layers.0.mlp.experts.up_proj"
+    assert tensors[f"{up}.weight"].dim() == 3
+    assert tensors[f"{up}.bias"].shape == tensors[f"{up}.scales"].shape[:2]
+    assert not any("switch_mlp" in name or ".experts.0." in name for name in tensors)
+    before, after = open_checkpoint(source), open_checkpoint(tmp_path / "out")
+    assert set(after.layers) == {name for name in before.layers if ".experts." in name}
+    for name, layer in after.layers.items():
+        assert torch.equal(after.decode(name), before.decode(name))
+        one, other = (c.read_piece(c.matrices[name].bias[1]) for c in (before, after))  # type: ignore[index]
+        assert layer.bias is not None
+        assert torch.equal(one, other)
+    before.close()
+    after.close()

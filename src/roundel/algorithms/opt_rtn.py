@@ -80,7 +80,7 @@ class OptRtn(Algorithm):
         elif self.imatrix:
             seen = f"{tokens} tokens reached it, fewer than {self.min_tokens}" if tokens else "no token reached it"
             fallback = f"{seen}: searched without their weight"
-        found = search(unit.weight(layer), layer.scheme.weight, importance, threads)
+        found = search(unit.weight(layer), layer.scheme.weight, importance, threads, unit.reach.get(layer.name))
         if self.unbiased:  # compared with plain rounding under scales of the same kind
             weight = unit.weights[layer.tensor]
             ours, plainly = (

@@ -28,7 +28,7 @@ class Rtn(Algorithm):
         grid = layer.scheme.weight
         if grid.is_plain_integer or grid.rule == "ggml":
             known = grid.block[0] == 1
-        elif grid.scale == "E8M0" or isinstance(grid.scale, Grid):
+        elif grid.scale in ("E8M0", "F8_E4M3") or isinstance(grid.scale, Grid):
             known = grid.block[0] == 1 and grid.element.name in ("e0m3", "e2m1", "e4m3", "nf4", "fp4")
         else:
             known = grid.element.name == "e4m3" or grid.element.is_integer or grid.element.name in ("nf4", "fp4")
@@ -37,4 +37,8 @@ class Rtn(Algorithm):
     def quantize(self, unit: Unit) -> dict[str, Rounded]:
         from roundel.ops.encode import encode
 
-        return {layer.name: Rounded(tensor=encode(unit.weight(layer), layer.scheme.weight)) for layer in unit.layers}
+        found: dict[str, Rounded] = {}
+        for layer in unit.layers:
+            tensor = encode(unit.weight(layer), layer.scheme.weight, unit.reach.get(layer.name))
+            found[layer.name] = Rounded(tensor=tensor)
+        return found

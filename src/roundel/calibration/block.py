@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from roundel.unit import Call, Decodable
 __all__ = ["Block", "Blocks", "Weights"]
 
 See = Callable[[str, Tensor], None]
+SeeCache = Callable[[str, Tensor, Tensor], None]
 Weights = Mapping[str, Tensor | Decodable]
 Run = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
@@ -109,6 +111,22 @@ class Block:
         looking = _Looking({self.path(m): m for m in modules}, see, self._repeated, to_the_end)
         with torch.no_grad(), looking.hooks(self._module, every_expert):
             return self._computed(x, weights)
+
+    def observe_cache(self, x: Tensor, weights: Weights, see: SeeCache, modules: Collection[str]) -> None:
+        """Run x [samples, tokens, hidden]; call see(module, keys, values) for what each of these attention modules puts
+        into the cache, [samples, heads, tokens, head_dim] each: keys after rotation, heads not repeated."""
+        handles = [
+            self._module.get_submodule(self.path(module)).register_forward_pre_hook(
+                _with_cache(partial(see, module)), with_kwargs=True
+            )
+            for module in modules
+        ]
+        try:
+            with torch.no_grad():
+                self._computed(x, weights)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def calls(self, x: Tensor, weights: Weights, module: str) -> Call:
         """What enters a module: a matrix, what holds it, or the block itself.
@@ -200,6 +218,13 @@ class Blocks:
             block = self._blocks[last]
             block.observe(x, weights, see, [m for m in modules if m in block.modules], every_expert)
 
+    def observe_cache(self, x: Tensor, weights: Weights, see: SeeCache, modules: Collection[str]) -> None:
+        with torch.no_grad():
+            for block in self._blocks:
+                block.observe_cache(x, weights, see, [m for m in modules if m.startswith(f"{block.name}.")])
+                if block is not self._blocks[-1]:
+                    x = block.forward(x, weights)
+
     def calls(self, x: Tensor, weights: Weights, module: str) -> Call:
         home = self._home(module)
         with torch.no_grad():
@@ -216,6 +241,26 @@ class Blocks:
             if f"{module}.".startswith(f"{block.name}."):
                 return block
         raise LookupError(f"{module} is no module of {self.name}")
+
+
+class _Cache:
+    """Stands where attention expects a cache, and keeps nothing."""
+
+    def __init__(self, see: Callable[[Tensor, Tensor], None]) -> None:
+        self._see = see
+
+    def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        self._see(keys.detach(), values.detach())
+        return keys, values
+
+
+def _with_cache(see: Callable[[Tensor, Tensor], None]) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+    """A hook that gives a cache to an attention module, by the name transformers 5 has for it."""
+
+    def give(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return arguments, {**named, "past_key_values": _Cache(see)}
+
+    return give
 
 
 class _Looking:

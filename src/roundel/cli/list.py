@@ -74,19 +74,26 @@ def _formats(why: bool, markdown: bool) -> None:
 
     from roundel.cli.show import console, table
     from roundel.formats import FORMATS
-    from roundel.support import support_rows
+    from roundel.support import NOT_LOADED, support_rows
 
     rows = support_rows()
     names = list(rows[0][1])
+    marked = [(scheme, name, why) for (name, scheme), why in NOT_LOADED.items()]
+
+    def cell(scheme: str, name: str, reason: str | None, otherwise: str) -> str:
+        return otherwise if reason is not None else "(yes)" if (name, scheme) in NOT_LOADED else "yes"
+
     if markdown:
         click.echo("| scheme | " + " | ".join(names) + " |\n|" + " --- |" * (len(names) + 1))
         for scheme, cells in rows:
-            click.echo(f"| {scheme} | " + " | ".join("yes" if cells[n] is None else "" for n in names) + " |")
+            click.echo(f"| {scheme} | " + " | ".join(cell(scheme, n, cells[n], "") for n in names) + " |")
         return
     shown = table("scheme", *names)
     for scheme, cells in rows:
-        shown.add_row(scheme, *("yes" if (reason := cells[n]) is None else (reason if why else "·") for n in names))
+        shown.add_row(scheme, *(cell(scheme, n, cells[n], (cells[n] or "") if why else "·") for n in names))
     console.print(shown)
+    for scheme, name, reason in marked:
+        console.print(f"(yes) {name}, {scheme}: stored and read back, but not seen to load elsewhere: {reason}")
     for format in FORMATS.values():
         console.print(f"{format.name}: {format.summary}")
 

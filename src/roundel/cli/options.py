@@ -62,6 +62,11 @@ _OPTIONS = (
     ),
     click.option("--ignore-layers", metavar="PATTERNS", help="Layers to keep in full precision, separated by commas."),
     click.option("--quant-lm-head", is_flag=True, default=None, help="Round the output head too."),
+    click.option(
+        "--kv-cache",
+        metavar="fp8",
+        help="Store scales, measured on calibration text, with which runtimes keep keys and values in FP8.",
+    ),
     click.option("--shard-size", metavar="SIZE", help="Largest output file. [default: 5GB]"),
     click.option("--strict", is_flag=True, default=None, help="A fallback is an error instead of a row of the report."),
     click.option(
@@ -147,6 +152,7 @@ def recipe_from(options: dict[str, Any]) -> Any:
         "layer_config",
         "ignore_layers",
         "quant_lm_head",
+        "kv_cache",
         "shard_size",
         "strict",
     )

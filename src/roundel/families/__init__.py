@@ -22,7 +22,7 @@ __all__ = [
     "text_config",
 ]
 
-_NOT_FAMILIES = {"family", "generic", "spaces"}
+_NOT_FAMILIES = {"family", "generic", "spaces", "stacked"}
 _INDEX = re.compile(r"\.\d+\b")
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from roundel.formats.format import Contents, Format, Found, matching_override
-from roundel.formats.mlx import Mlx, find_mlx, flat_rope, stack_experts
+from roundel.formats.mlx import Mlx, find_mlx, flat_rope
 from roundel.scheme import Scheme
 from roundel.tensor import TensorSpec
 from roundel.unit import Layer
@@ -47,7 +47,7 @@ class AutoRoundMlx(Mlx):
         found = {key: quantization[key] for key in ("group_size", "bits")}
         extra = quantization.get("extra_config", {})
         for name, fields in extra.items() if isinstance(extra, Mapping) else ():
-            module = (stack_experts(name) or (name,))[0]
+            module = (self.stack(name) or (name,))[0]
             kept = fields["bits"] == 16
             found[module] = False if kept else {key: fields[key] for key in ("group_size", "bits")}
         return {**source, **flat_rope(source), "quantization": found, "quantization_config": quantization}

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from roundel.scheme import ELEMENTS, PRESETS, Grid, Scheme, integer_scheme
 
-__all__ = ["group_for", "group_of", "layout_of", "scheme_of"]
+__all__ = ["group_for", "group_of", "kv_cache_arguments", "layout_of", "scheme_of"]
 
 Arguments = Mapping[str, object]
 
@@ -40,6 +40,11 @@ def group_of(scheme: Scheme, targets: Sequence[str]) -> dict[str, object]:
         "targets": list(targets),
         "weights": weights,
     }
+
+
+def kv_cache_arguments() -> dict[str, object]:
+    """How keys and values are rounded in the cache: to FP8, one stored scale each."""
+    return _arguments(Grid(element=ELEMENTS["e4m3"], block=(0, 0), scale="F32"), "tensor")
 
 
 def group_for(module: str, groups: object) -> Arguments | None:

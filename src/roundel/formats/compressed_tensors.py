@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from roundel.errors import SourceError
-from roundel.formats.compressed_config import group_for, group_of, layout_of, scheme_of
+from roundel.formats.compressed_config import group_for, group_of, kv_cache_arguments, layout_of, scheme_of
 from roundel.formats.floats import (
     decode_blocks,
     find_fp8,
@@ -68,6 +68,7 @@ class CompressedTensors(Format):
 
     name: ClassVar[str] = "llm_compressor"
     summary: ClassVar[str] = "compressed-tensors: vLLM, transformers"
+    caches: ClassVar[bool] = True
     quantization: Mapping[str, object] = field(default_factory=dict)
 
     def refuse(self, layer: Layer) -> str | None:
@@ -123,7 +124,7 @@ class CompressedTensors(Format):
             "format": "mixed-precision" if len(layouts) > 1 else layout_of(default),
             "global_compression_ratio": None,
             "ignore": ignore,
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": None if contents.kv_cache is None else kv_cache_arguments(),
             "provider": "roundel",
             "quant_method": "compressed-tensors",
             "quantization_status": "compressed",

@@ -19,7 +19,9 @@ from roundel.unit import Layer
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Contents", "Format", "Found", "Model", "WordLayout", "matching_override"]
+__all__ = ["CACHE_PARTS", "Contents", "Format", "Found", "Model", "WordLayout", "matching_override"]
+
+CACHE_PARTS = ("k_scale", "v_scale")  # of an attention module: what its keys and its values are divided by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,7 @@ class Contents:
     blocks    module paths that hold the decoder blocks ("model.layers")
     head      module name of the output head
     embedding module name of the token embedding
+    kv_cache  "fp8" where scales of keys and values are stored
     """
 
     layers: Sequence[Layer]
@@ -40,6 +43,7 @@ class Contents:
     blocks: Sequence[str] = ("model.layers",)
     head: str = "lm_head"
     embedding: str = "model.embed_tokens"
+    kv_cache: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +97,7 @@ class Format(Protocol):
     summary: ClassVar[str]
     writes: ClassVar[bool] = True
     copies: ClassVar[bool] = True  # whether tensors that stay are stored as they are
+    caches: ClassVar[bool] = False  # whether CACHE_PARTS of attention modules have a place
 
     def for_model(self, model: Model) -> Format:
         """The format for this model. Raises PlanError where it has no place for it."""

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from roundel.errors import NumericsError, SourceError
 from roundel.families import text_config
-from roundel.formats.format import Contents, Format, Found
+from roundel.formats.format import Contents, Format, Found, Model
 from roundel.formats.mxfp import pack_nibbles, unpack_nibbles
 from roundel.scheme import ELEMENTS, PRESETS, Grid, Scheme
 from roundel.tensor import QuantizedTensor, TensorSpec, torch_dtype
@@ -47,11 +47,22 @@ _SWITCH = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 @dataclass(frozen=True)
 class Mlx(Format):
-    """MLX's own layout, in all its modes."""
+    """MLX's own layout, in all its modes.
+
+    stacks   the module that holds a block's experts in mlx-lm's model: "experts" for GPT-OSS, "switch_mlp" for others
+    """
 
     name: ClassVar[str] = "mlx"
     summary: ClassVar[str] = "MLX: mlx-lm"
     quantization: Mapping[str, object] = field(default_factory=dict)
+    stacks: str = "switch_mlp"
+
+    def for_model(self, model: Model) -> Format:
+        return replace(self, stacks="experts") if model.config.get("model_type") == "gpt_oss" else self
+
+    def grid_of(self, scheme: Scheme) -> Scheme:
+        """MLX's NVFP4 has no float for the whole matrix: scales are those of the weights themselves."""
+        return NVFP4 if scheme == PRESETS["NVFP4A16"] else scheme
 
     def refuse(self, layer: Layer) -> str | None:
         return refuse_mlx(layer, self.name)
@@ -70,21 +81,24 @@ class Mlx(Format):
 
     def config(self, contents: Contents) -> dict[str, object]:
         default, found = contents.default, mlx_fields(contents.default)
-        symmetric = default.weight.symmetric
-        others = [layer.name for layer in contents.layers if layer.scheme.weight.symmetric != symmetric]
-        found |= {"sym": symmetric, "provider": "roundel"}  # for our reader; loaders look for names of modules only
-        if others:
-            found["sym_exceptions"] = others
+        found |= {"provider": "roundel"}
+        if all(layer.scheme.weight.offset is None for layer in contents.layers):  # else biases are any floats
+            symmetric = default.weight.symmetric
+            found["sym"] = symmetric  # for our reader; loaders look for names of modules only
+            others = [layer.name for layer in contents.layers if layer.scheme.weight.symmetric != symmetric]
+            if others:
+                found["sym_exceptions"] = others
         for layer in contents.layers:
             if layer.scheme != default:
-                found[(stack_experts(layer.name) or (layer.name,))[0]] = mlx_fields(layer.scheme)
+                found[(self.stack(layer.name) or (layer.name,))[0]] = mlx_fields(layer.scheme)
         return found
 
     def settings(self, source: Mapping[str, object], quantization: Mapping[str, object]) -> dict[str, object]:
         return {**source, **flat_rope(source), "quantization": quantization, "quantization_config": quantization}
 
     def stack(self, module: str) -> tuple[str, int] | None:
-        return stack_experts(module)
+        found = _EXPERT.fullmatch(module)
+        return (f"{found[1]}.{self.stacks}.{_SWITCH.get(found[3], found[3])}", int(found[2])) if found else None
 
     def unstacked(self, module: str) -> str | None:
         return unstack_experts(module)
@@ -263,15 +277,9 @@ def flat_rope(source: Mapping[str, object]) -> dict[str, object]:
     return flat if text is source or not flat else {"text_config": {**text, **flat}}
 
 
-def stack_experts(module: str) -> tuple[str, int] | None:
-    """An expert's matrix -> the module of mlx-lm that holds it, and its index there."""
-    found = _EXPERT.fullmatch(module)
-    return (f"{found[1]}.switch_mlp.{_SWITCH.get(found[3], found[3])}", int(found[2])) if found else None
-
-
 def unstack_experts(module: str) -> str | None:
-    """The inverse of `stack_experts`, with {index}. Where experts were called w1, w2 and w3, the module says so."""
-    found = re.fullmatch(r"(.+)\.switch_mlp\.(\w+)", module)
+    """The inverse of `Mlx.stack`, with {index}. Where experts were called w1, w2 and w3, the module says so."""
+    found = re.fullmatch(r"(.+)\.(?:switch_mlp|experts)\.(\w+)", module)
     if found is None:
         return None
     old = {new: old for old, new in _SWITCH.items()} if found[1].endswith("block_sparse_moe") else {}

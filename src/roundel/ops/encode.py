@@ -16,13 +16,15 @@ __all__ = ["encode", "encode_blocks", "encode_reference", "encode_scaled"]
 ROUND = {"e0m3": round_e0m3, "e2m1": round_e2m1, "e4m3": round_e4m3}
 
 
-def encode(weight: Tensor, grid: Grid) -> QuantizedTensor:
+def encode(weight: Tensor, grid: Grid, reach: float | None = None) -> QuantizedTensor:
     """Round a matrix to a grid, with scales fitted to each block's range.
 
     weight   [out, in], any float dtype, finite; rounded as float32
     grid     integers; e2m1, e4m3 or e0m3 with power-of-two scales; e2m1 with e4m3 scales and one float for the matrix
-             (NVFP4); e4m3 with float scales (FP8); ggml's block types; bitsandbytes' tables. Blocks are (1, n) or
-             (1, 0), of FP8 any
+             (NVFP4), or none (MLX's); e4m3 with float scales (FP8); ggml's block types; bitsandbytes' tables. Blocks
+             are (1, n) or (1, 0), of FP8 any
+    reach    of NVFP4, the largest magnitude that the float for the matrix is to cover, where other matrices share it;
+             None: the matrix' own
     """
     from roundel.ops import use_kernels
 
@@ -35,7 +37,7 @@ def encode(weight: Tensor, grid: Grid) -> QuantizedTensor:
         found = encode_tensor(weight, grid)
         if found is not None:
             return found
-    return encode_reference(weight, grid)
+    return encode_reference(weight, grid, reach)
 
 
 def encode_blocks(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> QuantizedTensor:
@@ -46,7 +48,7 @@ def encode_blocks(weight: Tensor, grid: Grid, importance: Tensor | None = None) 
     return as_tensor(round_blocks(weight, name, importance), name)
 
 
-def encode_reference(weight: Tensor, grid: Grid) -> QuantizedTensor:
+def encode_reference(weight: Tensor, grid: Grid, reach: float | None = None) -> QuantizedTensor:
     """`encode` in plain torch, on any device."""
     out, width = weight.shape
     rows, columns = grid.block_of((out, width))
@@ -57,7 +59,7 @@ def encode_reference(weight: Tensor, grid: Grid) -> QuantizedTensor:
     assert rows == 1, "only FP8 has blocks of several rows"
     groups = grouped(weight.float(), columns)
     if isinstance(grid.scale, Grid):
-        return encode_scaled(weight, grid, _fit_nvfp(groups, grid.scale))
+        return encode_scaled(weight, grid, _fit_nvfp(groups, grid.scale, reach))
     if grid.scale == "E8M0":
         return encode_scaled(weight, grid, fit_power_of_two(groups, grid).view(torch.float8_e8m0fnu))
     if grid.symmetric:
@@ -77,7 +79,7 @@ def encode_scaled(
         steps = scale.float().repeat_interleave(rows, 0)[:out].repeat_interleave(columns, 1)[:, :width]
         return QuantizedTensor(grid=grid, codes=ROUND[grid.element.name](weight.float() / steps), scale=scale)
     groups = grouped(weight.float(), columns)
-    if grid.element.name in TABLES or isinstance(scale, QuantizedTensor):
+    if grid.element.name in TABLES or isinstance(scale, QuantizedTensor) or grid.scale == "F8_E4M3":
         steps = plain(scale)
         scaled = groups * torch.where(steps == 0, 0.0, 1 / steps)[..., None]
     elif grid.scale == "E8M0":
@@ -95,13 +97,16 @@ def encode_scaled(
     return QuantizedTensor(grid=grid, codes=codes.flatten(1)[:, :width].contiguous(), scale=scale, zero=zero)
 
 
-def _fit_nvfp(groups: Tensor, grid: Grid) -> QuantizedTensor:
-    """NVFP4's scales: the tensor's largest weight gets the largest scale, 448, and each block's largest the code 6.
+def _fit_nvfp(groups: Tensor, grid: Grid, reach: float | None) -> QuantizedTensor:
+    """NVFP4's scales: the largest weight of the matrix (or of those that share its float) gets the largest scale, 448,
+    and each block's largest the code 6.
 
     The order of operations is auto-round's (max * (1/6), products by reciprocals), so that the bits are.
     """
     largest = groups.abs().amax(-1)
     whole = largest.amax()
+    if reach is not None:
+        whole = whole.clamp(min=reach)
     upscale = torch.where(whole > 0, 448.0 * 6.0 / whole, 0.0)
     codes = round_e4m3(upscale * (largest * (1.0 / 6.0)))
     outer = torch.where(whole > 0, 1 / upscale, 1.0).view(1, 1)

@@ -100,13 +100,16 @@ def ladder(bits: int) -> Ladder:
     return _LADDERS[bits]
 
 
-def search(weight: Tensor, grid: Grid, importance: Tensor | None = None, threads: int = 1) -> Searched:
+def search(
+    weight: Tensor, grid: Grid, importance: Tensor | None = None, threads: int = 1, reach: float | None = None
+) -> Searched:
     """Round a matrix to a grid with the scales (and zero points) of least error.
 
     weight       [out, in], any float dtype, finite; searched as float32
     grid         what `encode` takes
     importance   [in], at least 0; a block whose importances are all 0 counts its weights alike. None: all alike
     threads      over rows; the result does not depend on it
+    reach        as `encode` takes it
     """
     from roundel.ops import use_kernels
 
@@ -116,8 +119,8 @@ def search(weight: Tensor, grid: Grid, importance: Tensor | None = None, threads
     if use_kernels() and weight.device.type == "cpu" and weight.numel():
         from roundel.ops.numba.search import search_tensor
 
-        return search_tensor(weight, grid, importance, threads)
-    return search_reference(weight, grid, importance)
+        return search_tensor(weight, grid, importance, threads, reach)
+    return search_reference(weight, grid, importance, reach)
 
 
 def _blocks(weight: Tensor, grid: Grid, importance: Tensor | None) -> Searched:
@@ -128,9 +131,11 @@ def _blocks(weight: Tensor, grid: Grid, importance: Tensor | None) -> Searched:
     return Searched(tensor=found if error <= baseline else plainly, error=min(error, baseline), baseline=baseline)
 
 
-def search_reference(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Searched:
+def search_reference(
+    weight: Tensor, grid: Grid, importance: Tensor | None = None, reach: float | None = None
+) -> Searched:
     """`search` in plain torch, on any device."""
-    plainly = encode_reference(weight, grid)
+    plainly = encode_reference(weight, grid, reach)
     if grid.element.is_integer:
         found = _integers(weight, plainly, importance)
     else:

@@ -55,9 +55,11 @@ _sums = numba.njit(
 )
 
 
-def search_tensor(weight: Tensor, grid: Grid, importance: Tensor | None, threads: int = 1) -> Searched:
+def search_tensor(
+    weight: Tensor, grid: Grid, importance: Tensor | None, threads: int = 1, reach: float | None = None
+) -> Searched:
     """`ops.search.search` by kernel, for weights on the CPU."""
-    plainly = encode(weight, grid)
+    plainly = encode(weight, grid, reach)
     width = weight.shape[1]
     counted = np.ones(width, np.float32) if importance is None else importance.float().contiguous().numpy()
     rows = max(1, SLAB // width)
