@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "Scheme", "__version__", "load", "plan", "quantize"]
+__all__ = ["Recipe", "Scheme", "__version__", "convert", "load", "plan", "quantize"]
 
 if TYPE_CHECKING:
-    from roundel.api import plan, quantize
+    from roundel.api import convert, plan, quantize
     from roundel.inference.loading import load
     from roundel.recipe import Recipe
     from roundel.scheme import Scheme
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Recipe": "roundel.recipe",
     "Scheme": "roundel.scheme",
+    "convert": "roundel.api",
     "load": "roundel.inference.loading",
     "plan": "roundel.api",
     "quantize": "roundel.api",

@@ -18,7 +18,7 @@ from roundel.fusion import Errors
 from roundel.planning import Plan, Work
 from roundel.unit import Layer
 
-__all__ = ["LOG", "REPORT", "Progress", "Report", "Row", "row_of"]
+__all__ = ["LOG", "REPORT", "Progress", "Report", "Row", "converted_row", "row_of"]
 
 REPORT = "report.json"
 LOG = "log.jsonl"  # times stand here, and nowhere else
@@ -33,6 +33,7 @@ class Row:
     error, baseline   the algorithm's own objective, and the same with plain rounding; None where it has none
     tokens  tokens that the algorithm saw enter the layer
     note   a fallback or another fact worth a row
+    energy  sum of squares of what a converted layer decoded to; None for what was not converted
     rows   the layers of a unit
     """
 
@@ -45,6 +46,7 @@ class Row:
     baseline: float | None = None
     tokens: int | None = None
     note: str | None = None
+    energy: float | None = None
     rows: tuple[Row, ...] = ()
 
     def flat(self) -> tuple[Row, ...]:
@@ -64,6 +66,7 @@ class Row:
             "tokens": self.tokens,
             "note": self.note,
         }
+        found |= {} if self.energy is None else {"energy": self.energy}
         return found | ({"rows": [row.to_dict() for row in self.rows]} if self.rows else {})
 
     @classmethod
@@ -79,6 +82,7 @@ class Row:
             baseline=_number(row.get("baseline")),
             tokens=None if row.get("tokens") is None else int(str(row["tokens"])),
             note=None if row.get("note") is None else str(row["note"]),
+            energy=_number(row.get("energy")),
             rows=tuple(cls.from_dict(r) for r in rows) if isinstance(rows, Sequence) else (),
         )
 
@@ -97,6 +101,11 @@ def row_of(layer: Layer, rounded: Rounded | None, errors: Errors, note: str | No
     )
 
 
+def converted_row(layer: Layer, rounded: Rounded | None, errors: Errors) -> Row:
+    """The row of a quantized layer that was converted. rounded: None where it became floats."""
+    return replace(row_of(layer, rounded, errors), energy=float(f"{errors.signal:.9g}"))
+
+
 class Progress(Protocol):
     """Who watches a run."""
 
@@ -110,6 +119,24 @@ def _number(value: object) -> float | None:
 
 def _short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """How many layers came through number for number, how many changed, and what that cost in all: errors of what the
+    new file decodes to against what the old one did."""
+
+    exact: int
+    changed: int
+    errors: Errors
+
+    def to_dict(self) -> dict[str, object]:
+        sqnr = self.errors.sqnr
+        return {
+            "exact": self.exact,
+            "changed": self.changed,
+            "sqnr": round(sqnr, 4) if math.isfinite(sqnr) else str(sqnr),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +165,17 @@ class Report:
         finite = [row.sqnr for row in self.rounded if row.sqnr is not None and math.isfinite(row.sqnr)]
         return sum(finite) / len(finite) if finite else math.inf
 
+    @property
+    def converted(self) -> Conversion | None:
+        """What a conversion did; None for another run."""
+        if self.plan.recipe.conversion is None:
+            return None
+        lost = [(row.energy, row.sqnr) for row in self.rows if row.energy is not None and row.sqnr is not None]
+        exact = sum(sqnr == math.inf for _, sqnr in lost)
+        noise = sum(energy / 10 ** (sqnr / 10) for energy, sqnr in lost if math.isfinite(sqnr))
+        errors = Errors(sum(energy for energy, _ in lost), noise)
+        return Conversion(exact=exact, changed=len(lost) - exact, errors=errors)
+
     def to_json(self, output: int) -> str:
         """The report of one format, as it is saved beside the files."""
         rows = [
@@ -145,7 +183,7 @@ class Report:
             for row in self.rows
         ]
         plan = self.plan
-        head = {
+        head: dict[str, object] = {
             "fingerprint": plan.fingerprint,
             "source": plan.source_name,
             "revision": plan.source_revision,
@@ -162,4 +200,6 @@ class Report:
             "kept": [{"name": k.name, "reason": k.reason} for k in plan.kept],
             "rows": rows,
         }
+        if self.converted is not None:
+            head["conversion"] = self.converted.to_dict()
         return json.dumps(head, indent=1) + "\n"

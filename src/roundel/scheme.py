@@ -18,7 +18,18 @@ from typing import Literal
 
 from roundel.errors import RecipeError, nearest
 
-__all__ = ["BLOCK_GRIDS", "ELEMENTS", "MIXES", "PRESETS", "Element", "Grid", "Mix", "Scheme", "describe_block"]
+__all__ = [
+    "BLOCK_GRIDS",
+    "ELEMENTS",
+    "INTEGER_BITS",
+    "MIXES",
+    "PRESETS",
+    "Element",
+    "Grid",
+    "Mix",
+    "Scheme",
+    "describe_block",
+]
 
 INTEGER_BITS = range(2, 9)
 NF4_VALUES = (
@@ -139,9 +150,15 @@ class Grid:
     flat: bool = False
 
     @property
+    def is_integer(self) -> bool:
+        """Whether it is integers under one float scale a block, with a whole zero point or without."""
+        floats = self.scale in ("F16", "BF16", "F32")
+        return self.element.is_integer and floats and self.offset is None and self.zero == "code"
+
+    @property
     def is_plain_integer(self) -> bool:
-        """Whether it is integers under one float16 scale a block, with a zero point or without."""
-        return self.element.is_integer and self.scale == "F16" and self.offset is None
+        """Whether it is integers as they are rounded to: under one float16 scale a block."""
+        return self.is_integer and self.scale == "F16"
 
     @property
     def row_columns(self) -> int:
@@ -157,7 +174,8 @@ class Grid:
 
     def equals(self, other: Grid) -> bool:
         """Whether codes on the one are codes on the other, limits on zero points and rules of rounding left aside."""
-        return replace(self, lowest_zero=0, rule="range") == replace(other, lowest_zero=0, rule="range")
+        aside = {"lowest_zero": 0, "rule": "range", "exponent": "floor"}
+        return replace(self, **aside) == replace(other, **aside)  # type: ignore[arg-type]
 
     def blocks(self, shape: tuple[int, int]) -> tuple[int, int]:
         """How many blocks a matrix of this shape has along [out, in]."""

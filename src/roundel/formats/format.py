@@ -93,6 +93,8 @@ class Format(Protocol):
     summary: ClassVar[str]
     writes: ClassVar[bool] = True
     copies: ClassVar[bool] = True  # whether tensors that stay are stored as they are
+    embeds: ClassVar[bool] = False  # whether readers take an embedding that is rounded
+    keeps_codes: ClassVar[bool] = True  # whether what is stored are codes, not floats that are rounded once more
 
     def for_model(self, model: Model) -> Format:
         """The format for this model. Raises PlanError where it has no place for it."""
@@ -107,6 +109,10 @@ class Format(Protocol):
     def refuse(self, layer: Layer) -> str | None:
         """Why this layer cannot be stored, or None. Asked at plan time, and for the support matrix."""
         return f"{self.name} is only read"
+
+    def blurs(self, layer: Layer) -> str | None:
+        """Why readers of a layer on this grid compute other numbers than the grid's, or None."""
+        return None
 
     def settle(self, layers: Sequence[Layer]) -> Format:
         """The variant that fits all these layers together. Raises PlanError when none does."""

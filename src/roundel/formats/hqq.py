@@ -45,7 +45,7 @@ class Hqq(Format):
 
     def refuse(self, layer: Layer) -> str | None:
         scheme, grid = layer.scheme, layer.scheme.weight
-        if not scheme.is_integer or scheme.input is not None or grid.scale not in FLOATS:
+        if not grid.is_integer or grid.rule != "range" or scheme.input is not None:
             return f"{self.name} stores weight-only integers, {scheme.name} is none"
         if layer.permuted:
             return f"{self.name} cannot store which group each column belongs to"

@@ -38,7 +38,7 @@ def is_packed(scheme: Scheme) -> bool:
 def refuse_integers(layer: Layer, name: str) -> str | None:
     """Why these tensors cannot hold a layer, or None."""
     scheme, columns = layer.scheme, layer.scheme.weight.block_of(layer.shape)[1]
-    if not scheme.is_integer:
+    if not scheme.weight.is_integer or scheme.weight.rule != "range":
         return f"{name} has no layout for {scheme.name}"
     if layer.permuted:
         return f"{name} is not written with a group index, which act_order needs without static_groups"

@@ -51,6 +51,7 @@ class Mlx(Format):
 
     name: ClassVar[str] = "mlx"
     summary: ClassVar[str] = "MLX: mlx-lm"
+    embeds: ClassVar[bool] = True
     quantization: Mapping[str, object] = field(default_factory=dict)
 
     def refuse(self, layer: Layer) -> str | None:
@@ -68,13 +69,19 @@ class Mlx(Format):
     def decode(self, weight: QuantizedTensor) -> Tensor:
         return decode_mlx(weight)
 
+    def blurs(self, layer: Layer) -> str | None:
+        grid = layer.scheme.weight
+        if not grid.element.is_integer or grid.symmetric or grid.offset is not None or grid.scale == "F32":
+            return None
+        return f"{self.name} adds a zero point times its scale, which {grid.scale} does not hold"
+
     def config(self, contents: Contents) -> dict[str, object]:
         default, found = contents.default, mlx_fields(contents.default)
         symmetric = default.weight.symmetric
         others = [layer.name for layer in contents.layers if layer.scheme.weight.symmetric != symmetric]
-        found |= {"sym": symmetric, "provider": "roundel"}  # for our reader; loaders look for names of modules only
-        if others:
-            found["sym_exceptions"] = others
+        if all(layer.scheme.weight.offset is None for layer in contents.layers):
+            found |= {"sym": symmetric, "provider": "roundel"}  # for our reader; loaders look for names of modules only
+            found |= {"sym_exceptions": others} if others else {}
         for layer in contents.layers:
             if layer.scheme != default:
                 found[(stack_experts(layer.name) or (layer.name,))[0]] = mlx_fields(layer.scheme)
@@ -280,7 +287,8 @@ def unstack_experts(module: str) -> str | None:
 
 def _mode(grid: Grid) -> str | None:
     if grid.element.is_integer:
-        return "affine" if grid.block[0] == 1 and grid.scale in _FLOATS else None
+        known = grid.is_integer or (grid.offset is not None and grid.offset == grid.scale and grid.scale in _FLOATS)
+        return "affine" if grid.block[0] == 1 and known else None
     modes = {"mxfp4": MXFP4, "mxfp8": MXFP8, "nvfp4": NVFP4}
     return next((mode for mode, scheme in modes.items() if scheme.weight == grid), None)
 

@@ -1,0 +1,77 @@
+"""A quantized layer on its way from one format to another: moved where its numbers fit, else refused or rounded anew.
+
+Exact means that readers of both files compute the same float32 weights, bit for bit; it is checked on every layer, with
+what the two formats say that their readers compute.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from roundel.algorithms import Algorithm, Rounded
+from roundel.errors import ConversionError
+from roundel.formats import Format
+from roundel.holding import as_fitted
+from roundel.matrices import finite
+from roundel.regrid import regrid
+from roundel.tensor import QuantizedTensor, torch_dtype
+from roundel.unit import Layer, Unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["convert_layer", "inexact"]
+
+
+def convert_layer(
+    layer: Layer, stored: QuantizedTensor, weight: Tensor, format: Format, algorithm: Algorithm | None
+) -> Rounded:
+    """The layer on its scheme's grid.
+
+    stored      as it lies in the source; weight: what readers of the source compute of it, float32
+    algorithm   what rounds a layer whose numbers do not fit; with None that raises ConversionError
+    Raises NumericsError for weights that are not finite.
+    """
+    finite(layer, weight)
+    found = _moved(layer, stored, weight, format)
+    if isinstance(found, QuantizedTensor):
+        return Rounded(tensor=found)
+    if algorithm is None:
+        raise inexact(layer, found, format)
+    fitted = replace(layer, scheme=as_fitted(layer.scheme))
+    unit = Unit(name=layer.name, layers=(fitted,), weights={layer.tensor: weight})
+    rounded = algorithm.quantize(unit)[layer.name]
+    tensor, grid = rounded.tensor, layer.scheme.weight
+    if fitted.scheme != layer.scheme and not isinstance(tensor.scale, QuantizedTensor):
+        assert isinstance(grid.scale, str)
+        tensor = replace(tensor, grid=grid, scale=tensor.scale.to(torch_dtype(grid.scale)))
+    return replace(rounded, tensor=tensor, fallback=f"rounded anew: {found}")
+
+
+def _moved(layer: Layer, stored: QuantizedTensor, weight: Tensor, format: Format) -> QuantizedTensor | str:
+    """The same numbers on the asked grid, or why there are none such."""
+    import torch
+
+    assert layer.stored.scheme is not None
+    if not layer.moves:
+        return f"{format.name} has no grid for {layer.stored.scheme.name}"
+    moved = regrid(stored, layer.scheme.weight)
+    if isinstance(moved, str):
+        return moved
+    if moved.group_index is not None and not layer.permuted:
+        return "columns of its groups do not lie side by side"
+    decoded = format.decode(moved)
+    if torch.equal(decoded, weight):
+        return moved
+    row, column = (int(i) for i in (decoded != weight).nonzero()[0])
+    old, new = float(weight[row, column]), float(decoded[row, column])
+    return f"weight [{row}, {column}] is {old:.9g}, and readers of {format.name} would compute {new:.9g}"
+
+
+def inexact(layer: Layer, reason: str, format: Format) -> ConversionError:
+    """The error of a layer whose numbers a format does not hold."""
+    return ConversionError(
+        f"{layer.name} {list(layer.shape)} does not go into {format.name} as it is: {reason}. Choose another format, "
+        "or pass --requantize to round what it decodes to anew."
+    )
