@@ -34,11 +34,12 @@ def convert_layer(
     Raises NumericsError for weights that are not finite.
     """
     finite(layer, weight)
-    found = _moved(layer, stored, weight, format)
-    if isinstance(found, QuantizedTensor):
-        return Rounded(tensor=found)
-    if algorithm is None:
-        raise inexact(layer, found, format)
+    moved, reason = _moved(layer, stored, weight, format)
+    if reason is not None and algorithm is None:
+        raise inexact(layer, reason, format)
+    if moved is not None:
+        return Rounded(tensor=moved, fallback=reason)
+    assert algorithm is not None
     fitted = replace(layer, scheme=as_fitted(layer.scheme))
     unit = Unit(name=layer.name, layers=(fitted,), weights={layer.tensor: weight})
     rounded = algorithm.quantize(unit)[layer.name]
@@ -46,27 +47,30 @@ def convert_layer(
     if fitted.scheme != layer.scheme and not isinstance(tensor.scale, QuantizedTensor):
         assert isinstance(grid.scale, str)
         tensor = replace(tensor, grid=grid, scale=tensor.scale.to(torch_dtype(grid.scale)))
-    return replace(rounded, tensor=tensor, fallback=f"rounded anew: {found}")
+    return replace(rounded, tensor=tensor, fallback=f"rounded anew: {reason}")
 
 
-def _moved(layer: Layer, stored: QuantizedTensor, weight: Tensor, format: Format) -> QuantizedTensor | str:
-    """The same numbers on the asked grid, or why there are none such."""
+def _moved(
+    layer: Layer, stored: QuantizedTensor, weight: Tensor, format: Format
+) -> tuple[QuantizedTensor | None, str | None]:
+    """Codes, scales and zero points on the asked grid, None where it does not hold them; and why readers do not
+    compute the same, None where they do."""
     import torch
 
     assert layer.stored.scheme is not None
     if not layer.moves:
-        return f"{format.name} has no grid for {layer.stored.scheme.name}"
+        return None, f"{format.name} has no grid for {layer.stored.scheme.name}"
     moved = regrid(stored, layer.scheme.weight)
     if isinstance(moved, str):
-        return moved
+        return None, moved
     if moved.group_index is not None and not layer.permuted:
-        return "columns of its groups do not lie side by side"
+        return None, "columns of its groups do not lie side by side"
     decoded = format.decode(moved)
     if torch.equal(decoded, weight):
-        return moved
+        return moved, None
     row, column = (int(i) for i in (decoded != weight).nonzero()[0])
     old, new = float(weight[row, column]), float(decoded[row, column])
-    return f"weight [{row}, {column}] is {old:.9g}, and readers of {format.name} would compute {new:.9g}"
+    return moved, f"weight [{row}, {column}] is {old:.9g}, and readers of {format.name} would compute {new:.9g}"
 
 
 def inexact(layer: Layer, reason: str, format: Format) -> ConversionError:

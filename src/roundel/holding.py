@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from roundel.algorithms import Algorithm
-from roundel.formats import Format
+from roundel.formats import FORMATS, Format
 from roundel.regrid import is_certain, obstacle
 from roundel.scheme import INTEGER_BITS, PRESETS, Scheme, integer_scheme
 from roundel.unit import Layer
@@ -49,7 +49,8 @@ def why_not(layer: Layer, format: Format, candidate: Scheme) -> str | None:
     assert stored is not None, "a packed layer"
     scheme = format.grid_of(candidate)
     moved = replace(layer, scheme=scheme, permuted=layer.stored.permuted)
-    refused = format.refuse(moved) or format.blurs(moved)
+    alike = scheme.weight == stored.weight and FORMATS[layer.stored.format].blurs(layer)  # as it was read
+    refused = format.refuse(moved) or (None if alike else format.blurs(moved))
     if refused is not None:
         return refused
     if scheme.stores_input_scale and not stored.stores_input_scale:
@@ -103,9 +104,12 @@ def candidates(stored: Scheme, shape: tuple[int, int]) -> tuple[Scheme, ...]:
 def _variants(stored: Scheme) -> Iterator[Scheme]:
     """Schemes of no preset: integers and offsets with scales in other floats, presets with the stored ones' scales."""
     for scheme in _known():
-        if scheme.weight.is_integer and scheme.weight.rule == "range":
+        floats = isinstance(stored.weight.scale, str) and isinstance(scheme.weight.scale, str)
+        if scheme.weight.rule == "ggml":
+            continue
+        if scheme.weight.is_integer:
             yield replace(scheme, weight=replace(scheme.weight, scale="F32"))
-        elif isinstance(stored.weight.scale, str) and isinstance(scheme.weight.scale, str):
+        elif floats and stored.weight.element == scheme.weight.element:
             yield replace(scheme, weight=replace(scheme.weight, scale=stored.weight.scale))
     if not stored.weight.symmetric and stored.weight.element.is_integer:
         for group in GROUPS[:3]:

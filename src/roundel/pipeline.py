@@ -30,7 +30,7 @@ from roundel.memory import free_memory
 from roundel.output import clear, finish, is_intact, open_shards
 from roundel.planning import Copy, Plan, Work
 from roundel.regrid import regrid
-from roundel.report import Progress, Report, Row, converted_row, row_of
+from roundel.report import Progress, Report, Row, converted_row, decoded_row, row_of
 from roundel.tensor import TensorSpec, torch_dtype
 from roundel.unit import Layer, Unit
 
@@ -285,7 +285,7 @@ class _Loop:
         errors, format = errors_of(weight, weight.to(torch_dtype(layer.dtype)).float()), self.plan.outputs[0].format
         if errors.noise and conversion == "exact" and format.keeps_codes:
             raise inexact(layer, f"it becomes {layer.dtype}, which does not hold its numbers", format)
-        return converted_row(layer, None, errors)
+        return decoded_row(layer, errors) if format.keeps_codes else converted_row(layer, None, errors)
 
     def _convert(self, layer: Layer, nbytes: list[int]) -> Row:
         """A quantized layer to another format."""

@@ -18,7 +18,7 @@ from roundel.fusion import Errors
 from roundel.planning import Plan, Work
 from roundel.unit import Layer
 
-__all__ = ["LOG", "REPORT", "Progress", "Report", "Row", "converted_row", "row_of"]
+__all__ = ["LOG", "REPORT", "Progress", "Report", "Row", "converted_row", "decoded_row", "row_of"]
 
 REPORT = "report.json"
 LOG = "log.jsonl"  # times stand here, and nowhere else
@@ -33,7 +33,8 @@ class Row:
     error, baseline   the algorithm's own objective, and the same with plain rounding; None where it has none
     tokens  tokens that the algorithm saw enter the layer
     note   a fallback or another fact worth a row
-    energy  sum of squares of what a converted layer decoded to; None for what was not converted
+    energy, noise   sums of squares over what a converted layer decoded to, and over what that changed by; None for
+            what was not converted
     rows   the layers of a unit
     """
 
@@ -47,6 +48,7 @@ class Row:
     tokens: int | None = None
     note: str | None = None
     energy: float | None = None
+    noise: float | None = None
     rows: tuple[Row, ...] = ()
 
     def flat(self) -> tuple[Row, ...]:
@@ -66,7 +68,7 @@ class Row:
             "tokens": self.tokens,
             "note": self.note,
         }
-        found |= {} if self.energy is None else {"energy": self.energy}
+        found |= {} if self.energy is None else {"energy": self.energy, "noise": self.noise}
         return found | ({"rows": [row.to_dict() for row in self.rows]} if self.rows else {})
 
     @classmethod
@@ -83,6 +85,7 @@ class Row:
             tokens=None if row.get("tokens") is None else int(str(row["tokens"])),
             note=None if row.get("note") is None else str(row["note"]),
             energy=_number(row.get("energy")),
+            noise=_number(row.get("noise")),
             rows=tuple(cls.from_dict(r) for r in rows) if isinstance(rows, Sequence) else (),
         )
 
@@ -103,7 +106,23 @@ def row_of(layer: Layer, rounded: Rounded | None, errors: Errors, note: str | No
 
 def converted_row(layer: Layer, rounded: Rounded | None, errors: Errors) -> Row:
     """The row of a quantized layer that was converted. rounded: None where it became floats."""
-    return replace(row_of(layer, rounded, errors), energy=float(f"{errors.signal:.9g}"))
+    return replace(row_of(layer, rounded, errors), energy=_short(errors.signal), noise=_short(errors.noise))
+
+
+def decoded_row(layer: Layer, errors: Errors) -> Row:
+    """The row of a quantized matrix that stays in full precision in a conversion."""
+    note = f"became {layer.dtype}: signal to noise {errors.sqnr:.1f} dB" if errors.noise else None
+    return replace(
+        converted_row(
+            layer,
+            None,
+            errors,
+        ),
+        kind="decode",
+        scheme=None,
+        sqnr=None,
+        note=note,
+    )
 
 
 class Progress(Protocol):
@@ -170,11 +189,10 @@ class Report:
         """What a conversion did; None for another run."""
         if self.plan.recipe.conversion is None:
             return None
-        lost = [(row.energy, row.sqnr) for row in self.rows if row.energy is not None and row.sqnr is not None]
-        exact = sum(sqnr == math.inf for _, sqnr in lost)
-        noise = sum(energy / 10 ** (sqnr / 10) for energy, sqnr in lost if math.isfinite(sqnr))
-        errors = Errors(sum(energy for energy, _ in lost), noise)
-        return Conversion(exact=exact, changed=len(lost) - exact, errors=errors)
+        sums = [(row.energy, row.noise) for row in self.rows if row.energy is not None and row.noise is not None]
+        exact = sum(noise == 0 for _, noise in sums)
+        errors = Errors(sum(energy for energy, _ in sums), sum(noise for _, noise in sums))
+        return Conversion(exact=exact, changed=len(sums) - exact, errors=errors)
 
     def to_json(self, output: int) -> str:
         """The report of one format, as it is saved beside the files."""
