@@ -220,7 +220,7 @@ def test_embeddings_that_are_rounded_become_floats_where_readers_take_no_others(
     report = roundel.convert(tmp_path / "m", tmp_path / "out", format="auto_round", requantize=True)
     changed = [row for row in report.rows if row.noise]
     assert [row.name for row in changed] == ["model.embed_tokens"] and "became BF16" in str(changed[0].note)
-    assert report.converted is not None and 40 < report.converted.errors.sqnr
+    assert report.converted is not None and report.converted.errors.sqnr > 40
     assert verify(tmp_path / "out", tmp_path / "m").passed
 
 

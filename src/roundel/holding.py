@@ -111,7 +111,7 @@ def _variants(stored: Scheme) -> Iterator[Scheme]:
             yield replace(scheme, weight=replace(scheme.weight, scale="F32"))
         elif floats and stored.weight.element == scheme.weight.element:
             yield replace(scheme, weight=replace(scheme.weight, scale=stored.weight.scale))
-    if not stored.weight.symmetric and stored.weight.element.is_integer:
+    if not stored.weight.symmetric and stored.weight.element.is_integer and stored.bits in INTEGER_BITS:
         for group in GROUPS[:3]:
             grid = integer_scheme(stored.bits, group, False).weight
             name = f"W{stored.bits}A16G{group}_OFFSET"

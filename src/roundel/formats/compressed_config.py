@@ -8,9 +8,9 @@ llm-compressor and auto-round write.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
+from roundel.formats.patterns import begins
 from roundel.scheme import ELEMENTS, PRESETS, Grid, Scheme, integer_scheme
 
 __all__ = ["group_for", "group_of", "layout_of", "scheme_of"]
@@ -141,10 +141,7 @@ def _named(module: str, target: str) -> bool:
 
 
 def _matched(module: str, target: str) -> bool:
-    try:
-        return target.startswith("re:") and re.match(target[3:], module) is not None
-    except re.error:
-        return False
+    return target.startswith("re:") and begins(target[3:], module)
 
 
 def _all(module: str, target: str) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from roundel.errors import GridError
+from roundel.formats.patterns import occurs
 from roundel.io.safetensors import ShardLayout, Stacks, lay_out
 from roundel.scheme import Scheme
 from roundel.tensor import QuantizedTensor, TensorSpec
@@ -202,17 +203,13 @@ class Format(Protocol):
 
 
 def matching_override(module: str, overrides: Mapping[str, object]) -> Mapping[str, object]:
-    """The entry for a module among per-layer settings: its exact name, else the first pattern that is found in it."""
-    import re
+    """The entry for a module among per-layer settings: its exact name, else the first pattern that is found in it.
 
+    Raises SourceError for a pattern that may take forever."""
     exact = overrides.get(module)
     if isinstance(exact, Mapping):
         return exact
     for pattern, value in overrides.items():
-        if isinstance(value, Mapping):
-            try:
-                if re.search(pattern.removeprefix("+:"), module):
-                    return value
-            except re.error:
-                continue  # a name with special characters, which did not match exactly
+        if isinstance(value, Mapping) and occurs(pattern.removeprefix("+:"), module):
+            return value
     return {}

@@ -234,12 +234,13 @@ def find_mlx(
         if scales.shape == (out, words * 32 // bits // group) and words * 32 // bits % group == 0
     }
     declared = settings.get("bits")
+    declared = declared if isinstance(declared, int) else None
     if declared not in fitting and len(fitting) != 1:
         raise SourceError(
             f"{module}: weight {list(weight.shape)} and scales {list(scales.shape)} do not fit {declared!r} bits in "
             f"groups of {group!r}, as the config says. Fetch the checkpoint again, with its config.json."
         )
-    bits = declared if isinstance(declared, int) and declared in fitting else next(iter(fitting))
+    bits = declared if declared is not None and declared in fitting else next(iter(fitting))
     if scales.dtype == "U8":
         small = {(4, 32): MXFP4, (8, 32): MXFP8, (4, 16): NVFP4}.get((bits, group if isinstance(group, int) else 0))
         if small is None:
