@@ -49,8 +49,9 @@ def why_not(layer: Layer, format: Format, candidate: Scheme) -> str | None:
     assert stored is not None, "a packed layer"
     scheme = format.grid_of(candidate)
     moved = replace(layer, scheme=scheme, permuted=layer.stored.permuted)
-    alike = scheme.weight == stored.weight and FORMATS[layer.stored.format].blurs(layer)  # as it was read
-    refused = format.refuse(moved) or (None if alike else format.blurs(moved))
+    source = FORMATS.get(layer.stored.format)
+    blurs = source is not None and source.blurs(layer) is not None and scheme.weight == stored.weight  # and so it stays
+    refused = format.refuse(moved) or (None if blurs else format.blurs(moved))
     if refused is not None:
         return refused
     if scheme.stores_input_scale and not stored.stores_input_scale:
