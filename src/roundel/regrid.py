@@ -62,7 +62,8 @@ def is_certain(stored: Grid, asked: Grid) -> bool:
     if stored.scale != asked.scale and asked.scale != "F32" and asked.scale not in _WIDER.get(str(stored.scale), ()):
         return False
     if asked.offset is not None:
-        return asked.offset == "F32" and (stored.symmetric or stored.offset is not None)
+        short = stored.zero == "code" and stored.scale in ("F16", "BF16")  # so that products are exact in float32
+        return asked.offset == "F32" and (stored.symmetric or stored.offset is not None or short)
     if stored.symmetric:
         return True
     if asked.symmetric:

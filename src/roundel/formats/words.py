@@ -245,8 +245,8 @@ def check_index(module: str, name: str, index: TensorSpec, width: int) -> None:
     """Raises SourceError for a group index that does not name a group for each of the inputs."""
     if index.shape != (width,) or index.dtype not in ("I32", "I64"):
         raise SourceError(
-            f"{module}: {name} is {index.dtype} {list(index.shape)}, and there are {width} inputs. Fetch the checkpoint "
-            "again."
+            f"{module}: {name} is {index.dtype} {list(index.shape)}, and there are {width} inputs. Fetch the "
+            "checkpoint again."
         )
 
 
