@@ -217,7 +217,7 @@ def test_a_scheme_that_is_asked_for(tmp_path: Path) -> None:
     report = roundel.convert(tmp_path / "m", tmp_path / "wide", format="llm_compressor", scheme="W8A16G32_ASYM")
     assert report.converted is not None and report.converted.changed == 0
     assert any("take more bits for the same numbers" in note for note in report.plan.notes)
-    with pytest.raises(PlanError, match="W4A16G64 does not fit W3A16G32: int3 has no code for every int4"):
+    with pytest.raises(PlanError, match="is W4A16G64: it does not fit W3A16G32: int3 has no code for every int4"):
         roundel.convert(tmp_path / "m", tmp_path / "narrow", format="llm_compressor", scheme="W3A16G32")
     roundel.convert(tmp_path / "m", tmp_path / "narrow", format="llm_compressor", scheme="W3A16G32", requantize=True)
     assert verify(tmp_path / "narrow", tmp_path / "m").passed

@@ -57,7 +57,7 @@ def why_not(layer: Layer, format: Format, candidate: Scheme) -> str | None:
     if scheme.stores_input_scale and not stored.stores_input_scale:
         return f"{scheme.name} stores a scale of the inputs, and {stored.name} has none"
     reason = obstacle(stored.weight, scheme.weight, layer.shape)
-    return reason and f"{stored.name} does not fit {scheme.name}: {reason}"
+    return reason and f"it does not fit {scheme.name}: {reason}"
 
 
 def nearest_scheme(layer: Layer, format: Format, algorithm: Algorithm) -> Scheme | None:

@@ -22,6 +22,7 @@ __all__ = [
     "BLOCK_GRIDS",
     "ELEMENTS",
     "INTEGER_BITS",
+    "LARGEST_BLOCK",
     "MIXES",
     "PRESETS",
     "Element",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 INTEGER_BITS = range(2, 9)
+LARGEST_BLOCK = 1 << 31  # along an axis; a file that says more is damaged
 NF4_VALUES = (
     -1.0,
     -0.6961928009986877,
@@ -205,7 +207,7 @@ def _stored_bits(kind: str | Grid, blocks: tuple[int, int]) -> float:
     count = blocks[0] * blocks[1]
     if isinstance(kind, Grid):
         return kind.bits_per_weight(blocks) * count
-    return float(count * {"E8M0": 8, "F8_E4M3": 8, "F16": 16, "BF16": 16, "F32": 32}[kind])
+    return float(count * {"E8M0": 8, "F8_E4M3": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64}[kind])
 
 
 def describe_block(block: tuple[int, int]) -> str:

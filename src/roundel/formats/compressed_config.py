@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from roundel.formats.patterns import begins
-from roundel.scheme import ELEMENTS, PRESETS, Grid, Scheme, integer_scheme
+from roundel.scheme import ELEMENTS, LARGEST_BLOCK, PRESETS, Grid, Scheme, integer_scheme
 
 __all__ = ["group_for", "group_of", "layout_of", "scheme_of"]
 
@@ -133,7 +133,7 @@ def _grid(arguments: Arguments, scale: str) -> Grid | None:
 
 
 def _whole(value: object) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+    return value if type(value) is int and value <= LARGEST_BLOCK else 0
 
 
 def _named(module: str, target: str) -> bool:

@@ -23,7 +23,7 @@ from roundel.formats.floats import (
     unpack_nvfp4,
 )
 from roundel.formats.format import Contents, Format, Found
-from roundel.scheme import PRESETS, Scheme
+from roundel.scheme import LARGEST_BLOCK, PRESETS, Scheme
 from roundel.tensor import QuantizedTensor, TensorSpec
 from roundel.unit import Layer
 
@@ -96,7 +96,11 @@ class Fp8(Format):
         block = self.quantization.get("weight_block_size")
         if block is None:
             return BLOCK.weight.block
-        if isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block):
+        if (
+            isinstance(block, list)
+            and len(block) == 2
+            and all(type(n) is int and 0 < n <= LARGEST_BLOCK for n in block)
+        ):
             return block[0], block[1]
         raise SourceError(f"The config's weight_block_size is {block!r:.80}. Mend its quantization_config.")
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from roundel.errors import GridError, SourceError
 from roundel.formats.format import Found, WordLayout
-from roundel.scheme import integer_scheme
+from roundel.scheme import LARGEST_BLOCK, integer_scheme
 from roundel.tensor import FLOAT_DTYPES, QuantizedTensor, TensorSpec
 from roundel.unit import Layer
 
@@ -162,7 +162,7 @@ def find_words(
         raise SourceError(f"{module}: qweight or qzeros are not int32, or its scales no floats. Fetch it again.")
     groups, out = scales
     group_size = settings.get("group_size", settings.get("q_group_size", -1))
-    if not isinstance(group_size, int) or group_size < -1:
+    if not isinstance(group_size, int) or not -1 <= group_size <= LARGEST_BLOCK:
         raise SourceError(f"{module}: the config's group_size is {group_size!r}. Mend its quantization_config.")
     if layout.order == "awq":
         bits, width = 4, qweight[0]
