@@ -18,7 +18,7 @@ from models.pico import build, build_fp8, build_mxfp4, build_nvfp4
 from roundel.algorithms import Rtn
 from roundel.checkpoint import open_checkpoint
 from roundel.converting import convert_layer
-from roundel.errors import ConversionError, PlanError, RecipeError
+from roundel.errors import ConversionError, NumericsError, PlanError, RecipeError
 from roundel.formats import FORMATS, Contents, Format, reader_of
 from roundel.holding import exact_scheme, nearest_scheme
 from roundel.regrid import is_certain
@@ -310,3 +310,14 @@ def test_the_command(tmp_path: Path) -> None:
 def test_wishes_that_make_no_sense(wishes: dict[str, object], why: str) -> None:
     with pytest.raises(RecipeError, match=why):
         roundel.Recipe.from_dict(wishes)
+
+
+def test_weights_that_are_not_finite_are_no_reason_to_keep_a_layer(tmp_path: Path) -> None:
+    model = build("llama", tmp_path / "model")
+    roundel.quantize(model, tmp_path / "m", scheme="W4A16G32")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    tensors[f"{UP}.scales"][1, 5] = float("nan")
+    save_file(tensors, tmp_path / "m" / "model.safetensors")
+    for requantize in (False, True):
+        with pytest.raises(NumericsError, match=rf"{UP} .*weight \[5, 32\] is nan"):
+            roundel.convert(tmp_path / "m", tmp_path / "out", format="mlx", requantize=requantize, overwrite=True)

@@ -251,7 +251,6 @@ def quantize_checkpoint(
                 raise
             except Demoted as error:
                 if recipe.strict or recipe.conversion is not None:
-                    clear(out, made)
                     raise
                 demoted = {**demoted, **{name: _short(text) for name, text in error.layers.items()}}
                 clear(out, made)
