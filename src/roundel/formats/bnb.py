@@ -178,8 +178,9 @@ class Bnb(Format):
         lost = [name for name in names if name not in parts]
         if lost or weight is None or absmax is None:
             raise SourceError(f"{module} has no {' and no '.join(lost)}. A tensor is missing; fetch it again.")
-        if weight.dtype != "U8":
-            raise SourceError(f"{module}: weight is {weight.dtype}, and its codes are U8. Fetch the checkpoint again.")
+        for name in ("weight", STATE + kind):
+            if parts[name].dtype != "U8":
+                raise SourceError(f"{module}: {name} is {parts[name].dtype}, and not U8. Fetch the checkpoint again.")
         out, width = weight.shape[0], weight.shape[1] * 2
         blocks = math.prod(absmax.shape)
         expected: dict[str, tuple[str, tuple[int, ...]]] = {"weight.quant_map": ("F32", (16,))}
