@@ -107,7 +107,7 @@ class Bnb(Format):
             return QuantizedTensor(grid=grid, codes=codes, scale=absmax)
         _check_table(layer.name, stored["weight.nested_quant_map"], grid.scale)
         nested = stored["weight.nested_absmax"].reshape(grid.scale.blocks(blocks))
-        state = _state(layer.name, bytes(stored[STATE + grid.element.name].tolist()))
+        state = _state(layer.name, bytes(stored[STATE + grid.element.name].flatten().tolist()))
         offset = torch.full_like(nested, float(_number(layer.name, state, "nested_offset")))
         scale = QuantizedTensor(grid=grid.scale, codes=absmax, scale=nested, offset=offset)
         return QuantizedTensor(grid=grid, codes=codes, scale=scale)
