@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from roundel.inference.registration import register_when_imported
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "Scheme", "__version__", "load", "plan", "quantize", "register"]
+__all__ = ["Recipe", "Scheme", "__version__", "convert", "load", "plan", "quantize", "register"]
 
 if TYPE_CHECKING:
-    from roundel.api import plan, quantize
+    from roundel.api import convert, plan, quantize
     from roundel.inference.loading import load
     from roundel.inference.registration import register
     from roundel.recipe import Recipe
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Recipe": "roundel.recipe",
     "Scheme": "roundel.scheme",
+    "convert": "roundel.api",
     "load": "roundel.inference.loading",
     "plan": "roundel.api",
     "quantize": "roundel.api",

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 from roundel.calibrated import Calibration, Offload
 from roundel.chain import known_options
 from roundel.checkpoint import Checkpoint, open_checkpoint
-from roundel.errors import RecipeError
+from roundel.errors import ConversionError, RecipeError
 from roundel.families import text_config
 from roundel.io.journal import alone, read_journal
 from roundel.io.source import LocalFiles, small_files
 from roundel.output import clear, is_complete, prepare, read_report
 from roundel.pipeline import Demoted, default_workers, run
 from roundel.planning import Plan, build_plan
-from roundel.recipe import Recipe
+from roundel.recipe import STORED, Recipe
 from roundel.report import Progress, Report
 
 if TYPE_CHECKING:
@@ -30,7 +30,15 @@ if TYPE_CHECKING:
     Dataset = str | Sequence[str | Sequence[int] | Tensor | Mapping[str, object]]
     Tick = Callable[[str, float, str], None]
 
-__all__ = ["calibration_of", "plan", "quantize", "quantize_checkpoint", "remove_downloads"]
+__all__ = [
+    "calibration_of",
+    "conversion_recipe",
+    "convert",
+    "plan",
+    "quantize",
+    "quantize_checkpoint",
+    "remove_downloads",
+]
 
 
 def plan(model: str | Path, *, recipe: Recipe | None = None, revision: str | None = None, **wishes: object) -> Plan:
@@ -103,6 +111,47 @@ def quantize(
         )
     remove_downloads(work)
     return report
+
+
+def convert(
+    model: str | Path,
+    out: str | Path,
+    *,
+    format: str,
+    requantize: bool = False,
+    scheme: str | None = None,
+    shard_size: str | int | None = None,
+    revision: str | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Move a quantized checkpoint to another format, number for number.
+
+    requantize   layers whose numbers the format does not hold are rounded anew, from what they decode to
+    scheme       what all layers are to be on; None: what each is on, or what holds the same numbers
+
+    Call it again after a crash with the same arguments and it continues. Raises RecipeError, PlanError, OutputError,
+    SourceError; ConversionError where numbers, once they are read, do not fit and may not be rounded.
+    """
+    out = Path(out)
+    recipe, work = conversion_recipe(format, scheme, requantize, shard_size), downloads(out)
+    checkpoint = open_checkpoint(model, revision, work)
+    try:
+        report = quantize_checkpoint(checkpoint, out, recipe, workers=workers, overwrite=overwrite, progress=progress)
+    finally:
+        checkpoint.close()
+    remove_downloads(work)
+    return report
+
+
+def conversion_recipe(
+    format: str, scheme: str | None = None, requantize: bool = False, shard_size: str | int | None = None
+) -> Recipe:
+    """The recipe of a conversion. Raises RecipeError."""
+    found: dict[str, object] = {"formats": format, "scheme": scheme or STORED}
+    found["conversion"] = "requantize" if requantize else "exact"
+    return Recipe.from_dict(found | ({} if shard_size is None else {"shard_size": shard_size}))
 
 
 def calibration_of(
@@ -211,8 +260,11 @@ def quantize_checkpoint(
                 return run(
                     made, checkpoint, out, workers or default_workers(made, device), device, progress, calibration
                 )
+            except ConversionError:
+                clear(out, made)  # what was moved until then would be in the way of the next wish
+                raise
             except Demoted as error:
-                if recipe.strict:
+                if recipe.strict or recipe.conversion is not None:
                     raise
                 demoted = {**demoted, **{name: _short(text) for name, text in error.layers.items()}}
                 clear(out, made)

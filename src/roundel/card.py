@@ -31,6 +31,12 @@ def size(count: float) -> str:
 def command_of(recipe: Recipe, model: str, out: str = "OUT", revision: str | None = None) -> str:
     """The command line that makes this output."""
     default = Recipe()
+    if recipe.conversion is not None:
+        words = ["roundel", "convert", model, out, "--format", recipe.formats[0]]
+        words += [] if recipe.converts_as_stored else ["--scheme", recipe.scheme]
+        words += ["--requantize"] if recipe.conversion == "requantize" else []
+        words += ["--shard-size", str(recipe.shard_size)] if recipe.shard_size != default.shard_size else []
+        return shlex.join(words + (["--revision", revision] if revision is not None else []))
     words = ["roundel", "quantize", model, out, "--scheme", recipe.scheme]
     for name in ("bits", "group_size"):
         if getattr(recipe, name) is not None:
@@ -81,7 +87,7 @@ def model_card(plan: Plan, output: int) -> str:
 ---
 # {plan.source_name.rpartition("/")[2]}, {recipe.label}
 
-Weights of {plan.source_name} rounded by roundel {__version__}. Load with {
+Weights of {plan.source_name} {"converted" if recipe.conversion else "rounded"} by roundel {__version__}. Load with {
         _LOAD.get(made.format.name, made.format.summary)
     }.
 

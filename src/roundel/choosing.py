@@ -10,10 +10,11 @@ from roundel.checkpoint import Matrix
 from roundel.errors import PlanError, nearest
 from roundel.families.generic import CONV1D
 from roundel.formats import FORMATS, Format
+from roundel.holding import exact_scheme, nearest_scheme, why_not
 from roundel.recipe import Choice, Recipe, matches, scheme_of_entry
 from roundel.unit import Layer
 
-__all__ = ["choose", "head_asked", "layers_of", "settle"]
+__all__ = ["choose", "choose_conversions", "head_asked", "layers_of", "settle"]
 
 
 def head_asked(recipe: Recipe, head: str) -> bool:
@@ -56,6 +57,66 @@ def choose(
     return choices
 
 
+def choose_conversions(
+    matrices: Mapping[str, Matrix], recipe: Recipe, embedding: str, problems: list[str], format: Format
+) -> dict[str, Choice]:
+    """The scheme of every matrix that is quantized already, on which the format holds it; all others stay.
+
+    Without one a layer is a problem or, where the recipe allows that, rounded anew.
+    """
+    rounds = recipe.conversion == "requantize"
+    algorithm = recipe.chain.algorithm
+    decided = format.schemes() or {}
+    choices: dict[str, Choice] = {}
+    refused: dict[str, list[Layer]] = {}
+    for matrix in matrices.values():
+        asked = decided.get(matrix.name) if recipe.converts_as_stored else recipe.default_for(matrix.role)
+        if matrix.stored.scheme is None:
+            own = asked if rounds and matrix.name in decided else None
+            choices[matrix.name] = Choice(scheme=own, origin=f"format {format.name}" if own else "not quantized")
+            continue
+        if matrix.name == embedding and not format.embeds:
+            choices[matrix.name] = Choice(scheme=None, origin=f"readers of {format.name} take no rounded embedding")
+            continue
+        layer = matrix.layer()
+        fits = exact_scheme(layer, format, asked, algorithm if rounds else None)
+        if fits is not None or not rounds:
+            origin = "as stored" if fits == matrix.stored.scheme else f"holds {matrix.stored.scheme.name}"
+            choices[matrix.name] = Choice(scheme=fits, origin=origin)
+            if fits is None:
+                refused.setdefault(why_not(layer, format, asked or matrix.stored.scheme) or "", []).append(layer)
+            continue
+        new = asked or nearest_scheme(layer, format, algorithm)
+        choices[matrix.name] = Choice(scheme=new, origin=f"rounded anew from {matrix.stored.scheme.name}")
+        if new is None:
+            problems.append(_refusal(why_not(layer, format, matrix.stored.scheme) or "", [layer]))
+    for reason, layers in refused.items():
+        problems.append(_inexact(reason, layers, format))
+    return choices
+
+
+def _inexact(reason: str, layers: Sequence[Layer], format: Format) -> str:
+    """Why layers cannot move to a format, and what can be done."""
+    others = f" (and {len(layers) - 1} more)" if len(layers) > 1 else ""
+    holding = [
+        f.name for f in FORMATS.values()
+        if f.writes and f.keeps_codes and f.name != format.name
+        and all(exact_scheme(layer, f, None, None) is not None for layer in layers)
+    ]  # fmt: skip
+    remedy = (
+        f"Convert to {' or '.join(filter(None, (', '.join(holding[:-1]), *holding[-1:])))}, or pass"
+        if holding
+        else "Pass"
+    )
+    first = layers[0]
+    stored = first.stored.scheme
+    assert stored is not None
+    return (
+        f"{first.name} {list(first.shape)}{others} is {stored.name}: {reason}. {remedy} --requantize to round what it "
+        "decodes to anew."
+    )
+
+
 def _unmatched(option: str, pattern: str, linear: Sequence[str], choices: Mapping[str, Choice]) -> str:
     kept = sorted(matches(pattern, choices))
     if kept:
@@ -88,7 +149,7 @@ def layers_of(
         layers.append(layer)
         reasons = [
             *((f"{step.name}", step.refuse(layer)) for step in recipe.chain.transforms),
-            (f"algorithm {algorithm.name}", algorithm.refuse(layer)),
+            (f"algorithm {algorithm.name}", None if recipe.conversion and layer.moves else algorithm.refuse(layer)),
             *((f.name, f.refuse(layer)) for f in formats),
         ]
         for who, reason in reasons:

@@ -3,6 +3,7 @@
 QuantizationError
 ├─ RecipeError         the wish makes no sense by itself          (unknown scheme, bits out of range)
 ├─ PlanError           the wish does not fit this model           carries all problems, not the first
+│  ├─ ConversionError  numbers of a layer do not fit another format   names layer and number
 │  ├─ PlanChanged      the output folder belongs to another plan  carries the differing fields
 │  └─ OutputError      the output cannot be written               (not empty, no permission, disk too small)
 ├─ SourceError         the checkpoint is broken or out of reach   (missing shard, bad header, gated)
@@ -21,6 +22,7 @@ from collections.abc import Iterable, Sequence
 
 __all__ = [
     "BackendError",
+    "ConversionError",
     "GridError",
     "NumericsError",
     "OutputError",
@@ -58,6 +60,10 @@ class PlanError(QuantizationError):
         else:
             text = f"{len(self.problems)} problems:\n" + "\n".join(f"  - {p}" for p in self.problems)
         super().__init__(text)
+
+
+class ConversionError(PlanError):
+    """The numbers of a layer cannot be stored in another format as they are. Known once they are read."""
 
 
 class PlanChanged(PlanError):

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from roundel.algorithms import Algorithm, Rounded, Rtn
 from roundel.calibrated import Calibration, Units
 from roundel.checkpoint import Checkpoint
+from roundel.converting import convert_layer, inexact
 from roundel.errors import NumericsError
 from roundel.fusion import fuses, round_and_pack
 from roundel.interruption import Interruption
@@ -29,8 +30,9 @@ from roundel.matrices import Demoted, as_bytes, errors_of, finite, largest, soun
 from roundel.memory import free_memory
 from roundel.output import clear, finish, is_intact, open_shards
 from roundel.planning import Copy, Plan, Work
-from roundel.report import Progress, Report, Row, row_of
-from roundel.tensor import TensorSpec
+from roundel.regrid import regrid
+from roundel.report import Progress, Report, Row, converted_row, decoded_row, row_of
+from roundel.tensor import TensorSpec, torch_dtype
 from roundel.unit import Layer, Unit
 
 if TYPE_CHECKING:
@@ -257,10 +259,11 @@ class _Loop:
             return Row(name=work.name, kind=work.kind, nbytes=tuple(nbytes))
         layer, formats = work.layer, [o.format for o in self.plan.outputs]
         if work.kind == "decode":
-            weight = self.checkpoint.weights(layer)
-            for number in range(len(self.shards)):
-                self._keep(number, TensorSpec(layer.tensor, layer.dtype, layer.shape), weight, nbytes)
-            return Row(name=work.name, kind=work.kind, nbytes=tuple(nbytes))
+            row = self._decode(layer, nbytes)
+            return replace(row, kind=work.kind, nbytes=tuple(nbytes))
+        if self.plan.recipe.conversion is not None and layer.stored.scheme is not None:
+            row = self._convert(layer, nbytes)
+            return replace(row, kind=work.kind, nbytes=tuple(nbytes))
         if fuses(layer, formats, self.algorithm, self.device):
             piece, source = layer.stored.parts["weight"], self.checkpoint.source
             parts, errors = round_and_pack(layer, formats[0], lambda start, into: source.read_rows(piece, start, into))
@@ -273,6 +276,32 @@ class _Loop:
         else:
             row = self._round(layer, work.beside, nbytes)
         return replace(row, kind=work.kind, nbytes=tuple(nbytes))
+
+    def _decode(self, layer: Layer, nbytes: list[int]) -> Row:
+        """A packed matrix as floats. In a conversion these must hold what it decodes to, or the loss is told."""
+        weight, conversion = self.checkpoint.weights(layer), self.plan.recipe.conversion
+        for number in range(len(self.shards)):
+            self._keep(number, TensorSpec(layer.tensor, layer.dtype, layer.shape), weight, nbytes)
+        if conversion is None:
+            return Row(name=layer.name, kind="decode")
+        errors, format = errors_of(weight, weight.to(torch_dtype(layer.dtype)).float()), self.plan.outputs[0].format
+        if errors.noise and conversion == "exact" and format.keeps_codes:
+            raise inexact(layer, f"it becomes {layer.dtype}, which does not hold its numbers", format)
+        return decoded_row(layer, errors) if format.keeps_codes else converted_row(layer, None, errors)
+
+    def _convert(self, layer: Layer, nbytes: list[int]) -> Row:
+        """A quantized layer to another format."""
+        format = self.plan.outputs[0].format
+        if not format.keeps_codes:
+            return self._decode(layer, nbytes)
+        stored, reader = self.checkpoint.unpack(layer), self.checkpoint.reader
+        assert reader is not None
+        weight = reader.decode(stored)
+        algorithm = self.algorithm if self.plan.recipe.conversion == "requantize" else None
+        rounded = convert_layer(layer, stored, weight, format, algorithm)
+        parts = format.pack(layer, rounded.tensor)
+        self._put({f"{layer.name}.{part}": as_bytes(tensor) for part, tensor in parts.items()}, nbytes, 0)
+        return converted_row(layer, rounded, errors_of(weight, format.decode(rounded.tensor)))
 
     def _round(self, layer: Layer, beside: Sequence[Layer], nbytes: list[int]) -> Row:
         """The general way: any source, any algorithm, any device, several formats."""
@@ -287,11 +316,9 @@ class _Loop:
     def _quantize(self, layer: Layer, beside: Sequence[Layer]) -> tuple[Tensor, Rounded]:
         grid = layer.scheme.weight
         if layer.moves:
-            quantized = replace(self.checkpoint.unpack(layer), grid=grid)
-            fits = quantized.zero is None or int(quantized.zero.min()) >= grid.lowest_zero
-            if fits and (quantized.group_index is None or layer.permuted):
-                # on the asked grid already: nothing to round
-                return finite(layer, quantized.decode()), Rounded(tensor=quantized)
+            moved = regrid(self.checkpoint.unpack(layer), grid)
+            if not isinstance(moved, str) and (moved.group_index is None or layer.permuted):
+                return finite(layer, moved.decode()), Rounded(tensor=moved)  # nothing to round
         weight = finite(layer, _to_device(self.checkpoint.weights(layer), self.device))
         reach = {layer.name: max(map(self._largest, beside))} if beside else {}
         unit = Unit(name=layer.name, layers=(layer,), weights={layer.tensor: weight}, reach=reach)

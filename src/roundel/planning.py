@@ -17,7 +17,7 @@ from typing import Literal
 
 from roundel import __version__
 from roundel.checkpoint import Checkpoint, Matrix
-from roundel.choosing import choose, head_asked, layers_of, settle
+from roundel.choosing import choose, choose_conversions, head_asked, layers_of, settle
 from roundel.errors import PlanError
 from roundel.families import text_config
 from roundel.formats import Contents, Format, Model, format_named
@@ -25,6 +25,7 @@ from roundel.formats.format import CACHE_PARTS
 from roundel.fusion import fuses, slab_rows
 from roundel.io.safetensors import ShardLayout, stacked
 from roundel.matrices import sharing
+from roundel.notes import notes_of
 from roundel.recipe import Choice, Recipe, parse_size
 from roundel.scheme import Scheme
 from roundel.tensor import ITEMSIZE, TensorSpec
@@ -270,7 +271,12 @@ def build_plan(
         importance=recipe.options.get("imatrix") is True,
     )
     formats = [format.for_model(model) for format in named]
-    choices = choose(matrices, recipe, checkpoint.family.head, problems, formats)
+    if recipe.conversion is not None:
+        _check_quantized(checkpoint)
+        embedding = checkpoint.family.embedding.removesuffix(".weight")
+        choices = choose_conversions(matrices, recipe, embedding, problems, formats[0])
+    else:
+        choices = choose(matrices, recipe, checkpoint.family.head, problems, formats)
     for name, reason in demoted.items():
         choices[name] = Choice(scheme=None, origin=reason)
     layers = layers_of(matrices, choices, formats, recipe, problems)
@@ -329,10 +335,18 @@ def build_plan(
         calibration=seen[0] if seen else None,
         notes=(
             *(seen[1] if seen else ()),
-            *_notes(checkpoint, layers, matrices, demoted, untied),
+            *notes_of(checkpoint, layers, matrices, demoted, untied),
             *(caveat for format in settled for caveat in format.caveats(contents)),
         ),
     )
+
+
+def _check_quantized(checkpoint: Checkpoint) -> None:
+    if all(matrix.stored.scheme is None for matrix in checkpoint.matrices.values()):
+        raise PlanError(
+            f"{checkpoint.source.name} is not quantized, so there is nothing to convert. Use roundel quantize to round "
+            "its weights."
+        )
 
 
 def _works(checkpoint: Checkpoint, matrices: Mapping[str, Matrix], layers: Mapping[str, Layer]) -> tuple[Work, ...]:
@@ -536,42 +550,3 @@ def _blocks(checkpoint: Checkpoint, layers: Sequence[Layer]) -> list[str]:
 
 def _most_common(layers: Sequence[Layer]) -> Scheme:
     return Counter(layer.scheme for layer in layers).most_common(1)[0][0]
-
-
-def _notes(
-    checkpoint: Checkpoint,
-    layers: Sequence[Layer],
-    matrices: Mapping[str, Matrix],
-    demoted: Mapping[str, str],
-    untied: bool,
-) -> tuple[str, ...]:
-    notes = [f"fallback: {name} stays in full precision: {reason}" for name, reason in demoted.items()]
-    if checkpoint.family.guess:
-        notes.append(
-            f"no family is named after model_type {checkpoint.source.config.get('model_type')!r}: the general "
-            f"rules decide what is a linear layer"
-        )
-    for layer in layers:
-        reason = matrices[layer.name].reason
-        if reason is not None and layer.role != "head" and layer.scheme.weight.rule == "range":
-            notes.append(f"{layer.name} is rounded because it is named exactly; by rule it stays ({reason})")
-    if untied:
-        notes.append(
-            "the output head is rounded, so it no longer shares the embedding's tensor: tie_word_embeddings "
-            "becomes false"
-        )
-    same = sum(layer.moves for layer in layers)
-    if same:
-        notes.append(f"{same} layers are on the asked grid already: their codes are moved over without rounding")
-    if checkpoint.dropped:
-        notes.append(
-            f"{len(checkpoint.dropped)} tensors of the source's own format are not needed any more, such as "
-            f"{checkpoint.dropped[0]}"
-        )
-    odd = [layer for layer in layers if layer.shape[1] % layer.scheme.weight.block_of(layer.shape)[1]]
-    if odd:
-        notes.append(
-            f"{len(odd)} layers have a short last group, such as {odd[0].name} {list(odd[0].shape)}: not every "
-            f"runtime loads these"
-        )
-    return tuple(notes)

@@ -12,13 +12,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from roundel.chain import Chain, Value, known_options, make_chain, names_and_options
 from roundel.errors import RecipeError, nearest
 from roundel.formats import format_named
 from roundel.scheme import MIXES, Mix, Scheme
 
-__all__ = ["RECIPES", "Choice", "Recipe", "matches", "parse_layer_config", "parse_size"]
+__all__ = ["RECIPES", "STORED", "Choice", "Recipe", "matches", "parse_layer_config", "parse_size"]
 
 _SIZE_UNITS = {
     "": 1,
@@ -33,6 +34,7 @@ _SIZE_UNITS = {
 }
 
 TOGETHER = 8  # samples
+STORED = "STORED"  # in place of a scheme, where a quantized checkpoint is converted: what each layer is on
 
 RECIPES: dict[str, dict[str, object]] = {  # named wishes; what is given beside one wins
     "default": {"algorithm": "signround", "nsamples": 128},
@@ -55,7 +57,9 @@ class Choice:
 class Recipe:
     """The wish: which numbers, chosen how, stored how.
 
-    scheme          a preset's name, a mix's name, or W<bits>A16[G<group>][_ASYM]
+    scheme          a preset's name, a mix's name, or W<bits>A16[G<group>][_ASYM]; STORED in a conversion
+    conversion      "exact" moves the layers of a quantized checkpoint to another format, number for number, and touches
+                    nothing else; "requantize" rounds those anew whose numbers the format does not hold
     bits, group_size, sym   replace that part of an integer scheme; None keeps the scheme's
     algorithm       what chooses the codes, transforms first: "gptq", "awq,signround"
     options         hyperparameters by field name, "iters" or "signround.iters"
@@ -78,6 +82,7 @@ class Recipe:
     """
 
     scheme: str = "W4A16"
+    conversion: Literal["exact", "requantize"] | None = None
     bits: int | None = None
     group_size: int | None = None
     sym: bool | None = None
@@ -105,14 +110,42 @@ class Recipe:
             raise RecipeError("No format is asked for. Name at least one, such as auto_round.")
         if len(set(self.formats)) < len(self.formats):
             raise RecipeError(f"Format {self.formats[0]} is asked for twice. Name each format once.")
-        self._check_calibration()
+        self._check_conversion()
         parse_size(self.shard_size)
+        if self.converts_as_stored:
+            return
+        self._check_calibration()
         self.default_for("linear")
         for pattern, value in self.layer_config.items():
             compiled(pattern)
             scheme_of_entry(pattern, value, self.default_for("linear"))
         for pattern in self.ignore_layers:
             compiled(pattern)
+
+    def _check_conversion(self) -> None:
+        if self.conversion not in (None, "exact", "requantize"):
+            raise RecipeError(f"conversion={self.conversion!r} is not possible: it is exact or requantize.")
+        if self.conversion is None:
+            if self.scheme == STORED:
+                raise RecipeError(f"Scheme {STORED} is that of a conversion. Use roundel convert, or name a scheme.")
+            return
+        if len(self.formats) > 1:
+            raise RecipeError("A conversion writes one format. Convert once for each.")
+        idle = {
+            "algorithm": self.algorithm != "rtn", "layer_config": self.layer_config, "options": self.options,
+            "ignore_layers": self.ignore_layers, "quant_lm_head": self.quant_lm_head, "strict": self.strict,
+        }  # fmt: skip
+        asked = [name for name, value in idle.items() if value]
+        if asked:
+            raise RecipeError(
+                f"A conversion moves what is quantized, as it is; {asked[0]} has no meaning for it. Drop it, or use "
+                "roundel quantize."
+            )
+
+    @property
+    def converts_as_stored(self) -> bool:
+        """Whether each layer stays on the scheme it is on, or on one that holds the same numbers."""
+        return self.conversion is not None and self.scheme == STORED
 
     def _check_calibration(self) -> None:
         for name, low in (("nsamples", 1), ("seqlen", 2), ("batch_size", 1), ("seed", 0)):
@@ -141,6 +174,8 @@ class Recipe:
     @cached_property
     def reads_activations(self) -> bool:
         """Whether any step looks at data, or what only data can tell is stored, of a layer's inputs or of the cache."""
+        if self.conversion is not None:
+            return False  # a scale of inputs that is stored moves over, too
         default = self.default_for("linear")
         own = (scheme_of_entry(pattern, value, default) for pattern, value in self.layer_config.items())
         schemes = (default, self.default_for("expert"), self.default_for("head"), *own)
@@ -151,6 +186,8 @@ class Recipe:
     def label(self) -> str:
         """What people call the result: the mix's name (GGUF's too), or the scheme's with bits, group size and symmetry
         replaced."""
+        if self.converts_as_stored:
+            return f"as {self.formats[0]}"
         decided = next((f.partition(":")[2].upper() for f in self.formats if f.startswith("gguf:")), None)
         mix = _mix(self.scheme)
         return decided or (mix.name if mix is not None else self.default_for("linear").name)
@@ -202,6 +239,7 @@ class Recipe:
             ("layer_config", Mapping),
             ("options", Mapping),
             ("dataset", str),
+            ("conversion", str),
             ("calibrate_all_experts", bool),
         ):
             if key in clean and not isinstance(clean[key], kind):

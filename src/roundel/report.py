@@ -18,7 +18,7 @@ from roundel.fusion import Errors
 from roundel.planning import Plan, Work
 from roundel.unit import Layer
 
-__all__ = ["LOG", "REPORT", "Progress", "Report", "Row", "row_of"]
+__all__ = ["LOG", "REPORT", "Progress", "Report", "Row", "converted_row", "decoded_row", "row_of"]
 
 REPORT = "report.json"
 LOG = "log.jsonl"  # times stand here, and nowhere else
@@ -33,6 +33,8 @@ class Row:
     error, baseline   the algorithm's own objective, and the same with plain rounding; None where it has none
     tokens  tokens that the algorithm saw enter the layer
     note   a fallback or another fact worth a row
+    energy, noise   sums of squares over what a converted layer decoded to, and over what that changed by; None for
+            what was not converted
     rows   the layers of a unit
     """
 
@@ -45,6 +47,8 @@ class Row:
     baseline: float | None = None
     tokens: int | None = None
     note: str | None = None
+    energy: float | None = None
+    noise: float | None = None
     rows: tuple[Row, ...] = ()
 
     def flat(self) -> tuple[Row, ...]:
@@ -64,6 +68,7 @@ class Row:
             "tokens": self.tokens,
             "note": self.note,
         }
+        found |= {} if self.energy is None else {"energy": self.energy, "noise": self.noise}
         return found | ({"rows": [row.to_dict() for row in self.rows]} if self.rows else {})
 
     @classmethod
@@ -79,6 +84,8 @@ class Row:
             baseline=_number(row.get("baseline")),
             tokens=None if row.get("tokens") is None else int(str(row["tokens"])),
             note=None if row.get("note") is None else str(row["note"]),
+            energy=_number(row.get("energy")),
+            noise=_number(row.get("noise")),
             rows=tuple(cls.from_dict(r) for r in rows) if isinstance(rows, Sequence) else (),
         )
 
@@ -97,6 +104,27 @@ def row_of(layer: Layer, rounded: Rounded | None, errors: Errors, note: str | No
     )
 
 
+def converted_row(layer: Layer, rounded: Rounded | None, errors: Errors) -> Row:
+    """The row of a quantized layer that was converted. rounded: None where it became floats."""
+    return replace(row_of(layer, rounded, errors), energy=_short(errors.signal), noise=_short(errors.noise))
+
+
+def decoded_row(layer: Layer, errors: Errors) -> Row:
+    """The row of a quantized matrix that stays in full precision in a conversion."""
+    note = f"became {layer.dtype}: signal to noise {errors.sqnr:.1f} dB" if errors.noise else None
+    return replace(
+        converted_row(
+            layer,
+            None,
+            errors,
+        ),
+        kind="decode",
+        scheme=None,
+        sqnr=None,
+        note=note,
+    )
+
+
 class Progress(Protocol):
     """Who watches a run."""
 
@@ -110,6 +138,24 @@ def _number(value: object) -> float | None:
 
 def _short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """How many layers came through number for number, how many changed, and what that cost in all: errors of what the
+    new file decodes to against what the old one did."""
+
+    exact: int
+    changed: int
+    errors: Errors
+
+    def to_dict(self) -> dict[str, object]:
+        sqnr = self.errors.sqnr
+        return {
+            "exact": self.exact,
+            "changed": self.changed,
+            "sqnr": round(sqnr, 4) if math.isfinite(sqnr) else str(sqnr),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +184,16 @@ class Report:
         finite = [row.sqnr for row in self.rounded if row.sqnr is not None and math.isfinite(row.sqnr)]
         return sum(finite) / len(finite) if finite else math.inf
 
+    @property
+    def converted(self) -> Conversion | None:
+        """What a conversion did; None for another run."""
+        if self.plan.recipe.conversion is None:
+            return None
+        sums = [(row.energy, row.noise) for row in self.rows if row.energy is not None and row.noise is not None]
+        exact = sum(noise == 0 for _, noise in sums)
+        errors = Errors(sum(energy for energy, _ in sums), sum(noise for _, noise in sums))
+        return Conversion(exact=exact, changed=len(sums) - exact, errors=errors)
+
     def to_json(self, output: int) -> str:
         """The report of one format, as it is saved beside the files."""
         rows = [
@@ -145,7 +201,7 @@ class Report:
             for row in self.rows
         ]
         plan = self.plan
-        head = {
+        head: dict[str, object] = {
             "fingerprint": plan.fingerprint,
             "source": plan.source_name,
             "revision": plan.source_revision,
@@ -162,4 +218,6 @@ class Report:
             "kept": [{"name": k.name, "reason": k.reason} for k in plan.kept],
             "rows": rows,
         }
+        if self.converted is not None:
+            head["conversion"] = self.converted.to_dict()
         return json.dumps(head, indent=1) + "\n"

@@ -18,9 +18,22 @@ from typing import Literal
 
 from roundel.errors import RecipeError, nearest
 
-__all__ = ["BLOCK_GRIDS", "ELEMENTS", "MIXES", "PRESETS", "Element", "Grid", "Mix", "Scheme", "describe_block"]
+__all__ = [
+    "BLOCK_GRIDS",
+    "ELEMENTS",
+    "INTEGER_BITS",
+    "LARGEST_BLOCK",
+    "MIXES",
+    "PRESETS",
+    "Element",
+    "Grid",
+    "Mix",
+    "Scheme",
+    "describe_block",
+]
 
 INTEGER_BITS = range(2, 9)
+LARGEST_BLOCK = 1 << 31  # along an axis; a file that says more is damaged
 NF4_VALUES = (
     -1.0,
     -0.6961928009986877,
@@ -139,9 +152,15 @@ class Grid:
     flat: bool = False
 
     @property
+    def is_integer(self) -> bool:
+        """Whether it is integers under one float scale a block, with a whole zero point or without."""
+        floats = self.scale in ("F16", "BF16", "F32")
+        return self.element.is_integer and floats and self.offset is None and self.zero == "code"
+
+    @property
     def is_plain_integer(self) -> bool:
-        """Whether it is integers under one float16 scale a block, with a zero point or without."""
-        return self.element.is_integer and self.scale == "F16" and self.offset is None
+        """Whether it is integers as they are rounded to: under one float16 scale a block."""
+        return self.is_integer and self.scale == "F16"
 
     @property
     def row_columns(self) -> int:
@@ -157,7 +176,8 @@ class Grid:
 
     def equals(self, other: Grid) -> bool:
         """Whether codes on the one are codes on the other, limits on zero points and rules of rounding left aside."""
-        return replace(self, lowest_zero=0, rule="range") == replace(other, lowest_zero=0, rule="range")
+        aside = {"lowest_zero": 0, "rule": "range", "exponent": "floor"}
+        return replace(self, **aside) == replace(other, **aside)  # type: ignore[arg-type]
 
     def blocks(self, shape: tuple[int, int]) -> tuple[int, int]:
         """How many blocks a matrix of this shape has along [out, in]."""
@@ -187,7 +207,7 @@ def _stored_bits(kind: str | Grid, blocks: tuple[int, int]) -> float:
     count = blocks[0] * blocks[1]
     if isinstance(kind, Grid):
         return kind.bits_per_weight(blocks) * count
-    return float(count * {"E8M0": 8, "F8_E4M3": 8, "F16": 16, "BF16": 16, "F32": 32}[kind])
+    return float(count * {"E8M0": 8, "F8_E4M3": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64}[kind])
 
 
 def describe_block(block: tuple[int, int]) -> str:

@@ -134,12 +134,14 @@ def spread(per_block: Tensor, like: QuantizedTensor, part: slice = slice(None)) 
     """One value per block [out/r, in/c] -> one value per weight, of all rows or of a part of them. A last block may be
     cut short."""
     rows, columns = like.grid.block_of(like.shape)
+    out, width = like.shape
     if like.grid.flat:
-        out, width = like.shape
+        columns = min(columns, out * width)
         start, stop, _ = part.indices(out)
         first = start * width // columns
         whole = per_block[0, first : -(-stop * width // columns)].repeat_interleave(columns)
         return whole[start * width - first * columns :][: (stop - start) * width].view(-1, width)
+    rows, columns = min(rows, out), min(columns, width)  # a block may be larger than the matrix
     if rows == 1:
         per_block = per_block[part]
     else:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from roundel.regrid import obstacle
 from roundel.scheme import Scheme
 from roundel.tensor import TensorSpec
 
@@ -92,10 +93,12 @@ class Layer:
 
     @property
     def moves(self) -> bool:
-        """Whether it is stored on the grid it is to be on, groups included, so that codes move over as they are. Two
-        things show only when it is read: a zero point that the format cannot hold, and a group index all the same."""
+        """Whether it is stored on a grid whose numbers the one it is to be on can hold, groups included, so that codes
+        move over without rounding. Whether it holds these very numbers shows only when they are read (`regrid`)."""
         stored = self.stored.scheme
-        return stored is not None and stored.weight.equals(self.scheme.weight) and self.stored.permuted <= self.permuted
+        if stored is None or self.stored.permuted > self.permuted:
+            return False
+        return obstacle(stored.weight, self.scheme.weight, self.shape) is None
 
     @property
     def parameters(self) -> int:

@@ -18,6 +18,7 @@ __all__ = ["cli", "main"]
 
 COMMANDS = {
     "quantize": "Round a model's weights and write a checkpoint.",
+    "convert": "Move a quantized checkpoint to another format.",
     "plan": "Show what quantize would do, without reading a weight.",
     "inspect": "Show what a checkpoint is.",
     "verify": "Read a written checkpoint back and compare it with its source.",
@@ -67,6 +68,7 @@ def cli() -> None:
     Examples:
       roundel quantize ./Llama-3.1-8B                      W4A16, for vLLM and transformers
       roundel quantize Qwen/Qwen3-8B ./out --scheme MXFP4   straight from the Hub
+      roundel convert ./gptq-model ./out --format mlx       the same numbers for another runtime
       roundel plan ./model --bits 3 --group-size 64         what would happen, how large it gets
       roundel verify ./out --against ./model                is it what it should be
       roundel eval ./out --ppl text.txt --kl-against ./model   how good it is

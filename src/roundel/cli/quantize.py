@@ -11,7 +11,7 @@ import click
 from roundel.cli.options import recipe_from, recipe_options
 from roundel.memory import peak_memory
 
-__all__ = ["quantize"]
+__all__ = ["Bar", "default_folder", "quantize"]
 
 
 @click.command(short_help="Round a model's weights and write a checkpoint.")
@@ -70,7 +70,7 @@ def quantize(
     checkpoint = open_checkpoint(model, revision, work)
     try:
         plan = build_plan(checkpoint, recipe)
-        calibration, bar = None, _Bar(sum(layer.parameters for layer in plan.layers), len(plan.layers))
+        calibration, bar = None, Bar(sum(layer.parameters for layer in plan.layers), len(plan.layers))
         if recipe.reads_activations:
             calibration = calibration_of(
                 checkpoint, recipe, offload=offload, trust_remote_code=trust_remote_code, tick=bar.tick
@@ -107,7 +107,7 @@ def default_folder(model: str, scheme: str) -> Path:
     return Path(f"{name}-{scheme.upper()}")
 
 
-class _Bar:
+class Bar:
     """A bar over weights, with the time left, the most memory that was held, and the layer or block at hand.
 
     tokens   of calibration data; each goes through every block
@@ -141,7 +141,7 @@ class _Bar:
         self._layers, self._done, self._largest = 0, 0, 0
         self.tokens, self._since = 0, time.perf_counter()
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> Bar:
         self._progress.start()
         return self
 

@@ -120,7 +120,7 @@ def print_report(report: Report) -> None:
         console.print(f"[yellow]note[/] {escape(note)}")
     if report.resumed:
         console.print(f"continued: {report.resumed} of {len(plan.works)} pieces were done already")
-    worst = report.worst
+    worst = report.worst if report.converted is None or report.converted.changed else None
     console.print(
         f"{len(plan.layers)} layers at {plan.bits_per_weight:.3f} bits per weight; {len(plan.kept)} matrices kept "
         f"in full precision"
@@ -133,9 +133,17 @@ def print_report(report: Report) -> None:
     shares = [share for share in map(relative_error, report.rounded) if share is not None]
     if shares:
         console.print(f"error {sum(shares) / len(shares):.3f} of plain rounding's, mean over {len(shares)} layers")
+    if report.converted is not None:
+        told = report.converted
+        console.print(f"{told.exact} layers hold the same numbers as before, bit for bit")
+        if told.changed:
+            console.print(
+                f"{told.changed} layers changed: signal to noise {decibel(told.errors.sqnr)} over all weights"
+            )
     fallen = fallbacks(report)
     if fallen:
-        console.print(f"[yellow]{len(fallen)} layer{'s' if len(fallen) > 1 else ''} fell back[/]")
+        what = "fell back" if report.converted is None else "had to be rounded anew"
+        console.print(f"[yellow]{len(fallen)} layer{'s' if len(fallen) > 1 else ''} {what}[/]")
         for row in fallen[:NAMED]:
             console.print(f"  {escape(row.name)}: {escape(row.note or '')}")
         if len(fallen) > NAMED:

@@ -30,7 +30,7 @@ class AutoRoundMlx(Mlx):
     summary: ClassVar[str] = "MLX's layout under auto-round's config: mlx-lm"
 
     def refuse(self, layer: Layer) -> str | None:
-        if not layer.scheme.is_integer:
+        if not layer.scheme.weight.element.is_integer:
             return f"{self.name} stores integers, {layer.scheme.name} is none"
         return super().refuse(layer)
 
@@ -40,7 +40,9 @@ class AutoRoundMlx(Mlx):
             if layer.scheme != contents.default:
                 extra[layer.name] = _fields(layer.scheme)
         found: dict[str, object] = {"quant_method": "auto-round", "packing_format": MLX_PACKING}
-        found |= {**_fields(contents.default), "data_type": "int", "provider": "roundel"}
+        found |= {**_fields(contents.default), "data_type": "int"}
+        if all(layer.scheme.weight.offset is None for layer in contents.layers):
+            found["provider"] = "roundel"  # for our reader: biases are zero points
         return found | ({"extra_config": extra} if extra else {})
 
     def settings(self, source: Mapping[str, object], quantization: Mapping[str, object]) -> dict[str, object]:

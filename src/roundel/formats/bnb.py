@@ -107,7 +107,7 @@ class Bnb(Format):
             return QuantizedTensor(grid=grid, codes=codes, scale=absmax)
         _check_table(layer.name, stored["weight.nested_quant_map"], grid.scale)
         nested = stored["weight.nested_absmax"].reshape(grid.scale.blocks(blocks))
-        state = _state(layer.name, bytes(stored[STATE + grid.element.name].tolist()))
+        state = _state(layer.name, bytes(stored[STATE + grid.element.name].flatten().tolist()))
         offset = torch.full_like(nested, float(_number(layer.name, state, "nested_offset")))
         scale = QuantizedTensor(grid=grid.scale, codes=absmax, scale=nested, offset=offset)
         return QuantizedTensor(grid=grid, codes=codes, scale=scale)
@@ -178,6 +178,9 @@ class Bnb(Format):
         lost = [name for name in names if name not in parts]
         if lost or weight is None or absmax is None:
             raise SourceError(f"{module} has no {' and no '.join(lost)}. A tensor is missing; fetch it again.")
+        for name in ("weight", STATE + kind):
+            if parts[name].dtype != "U8":
+                raise SourceError(f"{module}: {name} is {parts[name].dtype}, and not U8. Fetch the checkpoint again.")
         out, width = weight.shape[0], weight.shape[1] * 2
         blocks = math.prod(absmax.shape)
         expected: dict[str, tuple[str, tuple[int, ...]]] = {"weight.quant_map": ("F32", (16,))}

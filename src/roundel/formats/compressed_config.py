@@ -8,10 +8,10 @@ llm-compressor and auto-round write.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
-from roundel.scheme import ELEMENTS, PRESETS, Grid, Scheme, integer_scheme
+from roundel.formats.patterns import begins
+from roundel.scheme import ELEMENTS, LARGEST_BLOCK, PRESETS, Grid, Scheme, integer_scheme
 
 __all__ = ["group_for", "group_of", "kv_cache_arguments", "layout_of", "scheme_of"]
 
@@ -138,7 +138,7 @@ def _grid(arguments: Arguments, scale: str) -> Grid | None:
 
 
 def _whole(value: object) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+    return value if type(value) is int and value <= LARGEST_BLOCK else 0
 
 
 def _named(module: str, target: str) -> bool:
@@ -146,10 +146,7 @@ def _named(module: str, target: str) -> bool:
 
 
 def _matched(module: str, target: str) -> bool:
-    try:
-        return target.startswith("re:") and re.match(target[3:], module) is not None
-    except re.error:
-        return False
+    return target.startswith("re:") and begins(target[3:], module)
 
 
 def _all(module: str, target: str) -> bool:

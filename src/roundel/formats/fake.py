@@ -27,6 +27,7 @@ class Fake(Format):
 
     name: ClassVar[str] = "fake"
     summary: ClassVar[str] = "rounded weights as plain floats, for research: whatever reads the source"
+    keeps_codes: ClassVar[bool] = False
 
     def refuse(self, layer: Layer) -> str | None:
         return None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from roundel.errors import GridError
+from roundel.formats.patterns import occurs
 from roundel.io.safetensors import ShardLayout, Stacks, lay_out
 from roundel.scheme import Scheme
 from roundel.tensor import QuantizedTensor, TensorSpec
@@ -98,6 +99,8 @@ class Format(Protocol):
     writes: ClassVar[bool] = True
     copies: ClassVar[bool] = True  # whether tensors that stay are stored as they are
     caches: ClassVar[bool] = False  # whether CACHE_PARTS of attention modules have a place
+    embeds: ClassVar[bool] = False  # whether readers take an embedding that is rounded
+    keeps_codes: ClassVar[bool] = True  # whether what is stored are codes, not floats that are rounded once more
 
     def for_model(self, model: Model) -> Format:
         """The format for this model. Raises PlanError where it has no place for it."""
@@ -112,6 +115,10 @@ class Format(Protocol):
     def refuse(self, layer: Layer) -> str | None:
         """Why this layer cannot be stored, or None. Asked at plan time, and for the support matrix."""
         return f"{self.name} is only read"
+
+    def blurs(self, layer: Layer) -> str | None:
+        """Why readers of a layer on this grid compute other numbers than the grid's, or None."""
+        return None
 
     def settle(self, layers: Sequence[Layer]) -> Format:
         """The variant that fits all these layers together. Raises PlanError when none does."""
@@ -206,17 +213,13 @@ class Format(Protocol):
 
 
 def matching_override(module: str, overrides: Mapping[str, object]) -> Mapping[str, object]:
-    """The entry for a module among per-layer settings: its exact name, else the first pattern that is found in it."""
-    import re
+    """The entry for a module among per-layer settings: its exact name, else the first pattern that is found in it.
 
+    Raises SourceError for a pattern that may take forever."""
     exact = overrides.get(module)
     if isinstance(exact, Mapping):
         return exact
     for pattern, value in overrides.items():
-        if isinstance(value, Mapping):
-            try:
-                if re.search(pattern.removeprefix("+:"), module):
-                    return value
-            except re.error:
-                continue  # a name with special characters, which did not match exactly
+        if isinstance(value, Mapping) and occurs(pattern.removeprefix("+:"), module):
+            return value
     return {}

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
+from roundel.errors import SourceError
 from roundel.formats.floats import (
     decode_blocks,
     find_fp8,
@@ -22,7 +23,7 @@ from roundel.formats.floats import (
     unpack_nvfp4,
 )
 from roundel.formats.format import Contents, Format, Found
-from roundel.scheme import PRESETS, Scheme
+from roundel.scheme import LARGEST_BLOCK, PRESETS, Scheme
 from roundel.tensor import QuantizedTensor, TensorSpec
 from roundel.unit import Layer
 
@@ -85,12 +86,23 @@ class Fp8(Format):
         return Fp8(quantization=quantization) if quantization.get("quant_method") == "fp8" else None
 
     def find(self, module: str, parts: Mapping[str, TensorSpec]) -> Found | None:
-        block = self.quantization.get("weight_block_size")
-        rows, columns = block if isinstance(block, list) and len(block) == 2 else BLOCK.weight.block
-        found = find_fp8(module, parts, (int(rows), int(columns)))
+        found = find_fp8(module, parts, self._block())
         if found is None or found.scheme.weight.block != BLOCK.weight.block:
             return found
         return replace(found, scheme=replace(BLOCK, weight=found.scheme.weight))
+
+    def _block(self) -> tuple[int, int]:
+        """The config's block size, which some files leave out."""
+        block = self.quantization.get("weight_block_size")
+        if block is None:
+            return BLOCK.weight.block
+        if (
+            isinstance(block, list)
+            and len(block) == 2
+            and all(type(n) is int and 0 < n <= LARGEST_BLOCK for n in block)
+        ):
+            return block[0], block[1]
+        raise SourceError(f"The config's weight_block_size is {block!r:.80}. Mend its quantization_config.")
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class Hqq(Format):
 
     def refuse(self, layer: Layer) -> str | None:
         scheme, grid = layer.scheme, layer.scheme.weight
-        if not scheme.is_integer or scheme.input is not None or grid.scale not in FLOATS:
+        if not grid.is_integer or grid.rule != "range" or scheme.input is not None:
             return f"{self.name} stores weight-only integers, {scheme.name} is none"
         if layer.permuted:
             return f"{self.name} cannot store which group each column belongs to"
@@ -90,6 +90,10 @@ class Hqq(Format):
         grid = (layer.stored.scheme or layer.scheme).weight
         bits, blocks = grid.element.bits, grid.blocks(layer.shape)
         codes = _unpack(stored["W_q"], bits)[: blocks[0] * blocks[1]].reshape(layer.shape)
+        if int(codes.max()) >= 1 << bits:  # 5 and 6 bits have a byte each
+            raise SourceError(
+                f"{layer.name}: codes reach {int(codes.max())} in {bits} bits. Fetch the checkpoint again."
+            )
         scale, zero = stored["scale"].reshape(blocks), stored["zero"].reshape(blocks)
         if grid.zero == "float":
             return QuantizedTensor(grid=grid, codes=codes, scale=scale, zero=zero)

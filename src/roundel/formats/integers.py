@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from roundel.errors import SourceError
 from roundel.formats.format import Found
-from roundel.formats.words import pack_columns, stored_index
+from roundel.formats.words import check_index, pack_columns, stored_index
 from roundel.scheme import Scheme
 from roundel.tensor import FLOAT_DTYPES, QuantizedTensor, TensorSpec
 from roundel.unit import Layer
@@ -38,7 +38,7 @@ def is_packed(scheme: Scheme) -> bool:
 def refuse_integers(layer: Layer, name: str) -> str | None:
     """Why these tensors cannot hold a layer, or None."""
     scheme, columns = layer.scheme, layer.scheme.weight.block_of(layer.shape)[1]
-    if not scheme.is_integer:
+    if not scheme.weight.is_integer or scheme.weight.rule != "range":
         return f"{name} has no layout for {scheme.name}"
     if layer.permuted:
         return f"{name} is not written with a group index, which act_order needs without static_groups"
@@ -145,6 +145,8 @@ def find_integers(module: str, parts: Mapping[str, TensorSpec], scheme: Scheme) 
             "or of a release of compressed-tensors that packed otherwise; quantize from the original model."
         )
     index = ("weight_g_idx",) if packed and "weight_g_idx" in parts else ()
+    if index:
+        check_index(module, index[0], parts[index[0]], width)
     found = replace(scheme, weight=replace(scheme.weight, scale=parts["weight_scale"].dtype))
     return Found(shape=(out, width), scheme=found, parts=(*(spec.name for spec in expected), *index))
 

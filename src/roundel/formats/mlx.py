@@ -54,6 +54,7 @@ class Mlx(Format):
 
     name: ClassVar[str] = "mlx"
     summary: ClassVar[str] = "MLX: mlx-lm"
+    embeds: ClassVar[bool] = True
     quantization: Mapping[str, object] = field(default_factory=dict)
     stacks: str = "switch_mlp"
 
@@ -78,6 +79,12 @@ class Mlx(Format):
 
     def decode(self, weight: QuantizedTensor) -> Tensor:
         return decode_mlx(weight)
+
+    def blurs(self, layer: Layer) -> str | None:
+        grid = layer.scheme.weight
+        if not grid.element.is_integer or grid.symmetric or grid.offset is not None or grid.scale == "F32":
+            return None
+        return f"{self.name} adds a zero point times its scale, which {grid.scale} does not hold"
 
     def config(self, contents: Contents) -> dict[str, object]:
         default, found = contents.default, mlx_fields(contents.default)
@@ -241,12 +248,13 @@ def find_mlx(
         if scales.shape == (out, words * 32 // bits // group) and words * 32 // bits % group == 0
     }
     declared = settings.get("bits")
+    declared = declared if isinstance(declared, int) else None
     if declared not in fitting and len(fitting) != 1:
         raise SourceError(
             f"{module}: weight {list(weight.shape)} and scales {list(scales.shape)} do not fit {declared!r} bits in "
             f"groups of {group!r}, as the config says. Fetch the checkpoint again, with its config.json."
         )
-    bits = declared if isinstance(declared, int) and declared in fitting else next(iter(fitting))
+    bits = declared if declared is not None and declared in fitting else next(iter(fitting))
     if scales.dtype == "U8":
         small = {(4, 32): MXFP4, (8, 32): MXFP8, (4, 16): NVFP4}.get((bits, group if isinstance(group, int) else 0))
         if small is None:
@@ -288,7 +296,8 @@ def unstack_experts(module: str) -> str | None:
 
 def _mode(grid: Grid) -> str | None:
     if grid.element.is_integer:
-        return "affine" if grid.block[0] == 1 and grid.scale in _FLOATS else None
+        known = grid.is_integer or (grid.offset is not None and grid.offset == grid.scale and grid.scale in _FLOATS)
+        return "affine" if grid.block[0] == 1 and known else None
     modes = {"mxfp4": MXFP4, "mxfp8": MXFP8, "nvfp4": NVFP4}
     return next((mode for mode, scheme in modes.items() if scheme.weight == grid), None)
 

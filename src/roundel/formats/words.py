@@ -10,13 +10,14 @@ Inputs times bits fill whole words; where outputs times bits do not, zeros follo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from roundel.errors import GridError, SourceError
 from roundel.formats.format import Found, WordLayout
-from roundel.scheme import integer_scheme
+from roundel.scheme import LARGEST_BLOCK, integer_scheme
 from roundel.tensor import FLOAT_DTYPES, QuantizedTensor, TensorSpec
 from roundel.unit import Layer
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "check_index",
     "find_words",
     "pack_columns",
     "pack_words",
@@ -160,19 +162,21 @@ def find_words(
         raise SourceError(f"{module}: qweight or qzeros are not int32, or its scales no floats. Fetch it again.")
     groups, out = scales
     group_size = settings.get("group_size", settings.get("q_group_size", -1))
-    if not isinstance(group_size, int) or group_size < -1:
+    if not isinstance(group_size, int) or not -1 <= group_size <= LARGEST_BLOCK:
         raise SourceError(f"{module}: the config's group_size is {group_size!r}. Mend its quantization_config.")
     if layout.order == "awq":
         bits, width = 4, qweight[0]
         fits = qweight[1] * 8 == out and qzeros[1] * 8 == out
     else:
         bits = _bits(settings.get("bits"), out, qzeros[1])
-        width = parts["g_idx"].shape[0] if "g_idx" in parts else qweight[0] * 32 // bits
+        width = math.prod(parts["g_idx"].shape) if "g_idx" in parts else qweight[0] * 32 // bits
         fits = qweight[1] == out and qweight[0] == -(-width * bits // 32) and bits in BITS["gptq"]
     if not fits:
         raise SourceError(
             f"{module}: qweight {list(qweight)}, qzeros {list(qzeros)} and scales {list(scales)} do not fit together."
         )
+    if "g_idx" in parts:
+        check_index(module, "g_idx", parts["g_idx"], width)
     columns = width if group_size in (-1, 0) else group_size
     if -(-width // columns) != groups:
         if width % groups:
@@ -235,6 +239,15 @@ def _group_index(width: int, columns: int) -> Tensor:
     import torch
 
     return (torch.arange(width) // columns).to(torch.int32)
+
+
+def check_index(module: str, name: str, index: TensorSpec, width: int) -> None:
+    """Raises SourceError for a group index that does not name a group for each of the inputs."""
+    if index.shape != (width,) or index.dtype not in ("I32", "I64"):
+        raise SourceError(
+            f"{module}: {name} is {index.dtype} {list(index.shape)}, and there are {width} inputs. Fetch the "
+            "checkpoint again."
+        )
 
 
 def stored_index(layer: Layer, index: Tensor, groups: int, columns: int) -> Tensor | None:

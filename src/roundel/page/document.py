@@ -19,6 +19,7 @@ from roundel.card import command_of, size
 from roundel.page.figures import costs_of_units, plots
 from roundel.page.findings import Cost, Findings, counted, decibel, duration, fallbacks
 from roundel.page.tables import kept_table, layer_table, remarks_table
+from roundel.recipe import Recipe
 from roundel.report import Report, Row
 
 __all__ = ["PAGE", "document", "page"]
@@ -34,8 +35,8 @@ def page(report: Report, output: int, costs: Mapping[str, Cost] | None = None) -
     title = f"{plan.source_name}, {plan.recipe.label}"
     body = "".join(
         (
-            f"<h1>{escape(title)}</h1>\n<p class=sub>Rounded by roundel {escape(__version__)} with "
-            f"{escape(plan.recipe.algorithm)}, stored as {escape(told.output.format.name)}.</p>\n",
+            f"<h1>{escape(title)}</h1>\n<p class=sub>{_made(plan.recipe)} by roundel "
+            f"{escape(__version__)}, stored as {escape(told.output.format.name)}.</p>\n",
             _tiles(told),
             _notes(told),
             _facts(told),
@@ -47,6 +48,10 @@ def page(report: Report, output: int, costs: Mapping[str, Cost] | None = None) -
         )
     )
     return document(title, body)
+
+
+def _made(recipe: Recipe) -> str:
+    return "Converted" if recipe.conversion else f"Rounded with {escape(recipe.algorithm)}"
 
 
 def document(title: str, body: str) -> str:

@@ -44,6 +44,7 @@ class Gguf(Format):
     name: ClassVar[str] = "gguf"
     summary: ClassVar[str] = "one GGUF file: llama.cpp and what is built on it; gguf:TYPE for its mixtures"
     copies: ClassVar[bool] = False
+    embeds: ClassVar[bool] = True
     mixture: ClassVar[str] = ""
     model: Model | None = None
     quantization: Mapping[str, Any] = field(default_factory=dict)
