@@ -27,7 +27,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 # The tools that roundel is compared with, each in an environment of its own; never imported by ours.
 peers: $(PEERS)/auto-round/.ready $(PEERS)/gptqmodel/.ready $(PEERS)/llmcompressor/.ready $(PEERS)/hqq/.ready \
-    $(PEERS)/gguf/.ready $(PEERS)/mlx/.ready $(PEERS)/bnb/.ready $(PEERS)/lmeval/.ready
+    $(PEERS)/gguf/.ready $(PEERS)/mlx/.ready $(PEERS)/bnb/.ready $(PEERS)/lmeval/.ready $(PEERS)/triton/.ready
 
 $(PEERS)/auto-round/.ready: constraints.txt
 	$(PYTHON) -m venv $(PEERS)/auto-round
@@ -83,6 +83,13 @@ $(PEERS)/lmeval/.ready: constraints.txt
 	$(call PIP,$(PEERS)/lmeval) --upgrade pip uv
 	$(PEERS)/lmeval/bin/uv pip install --quiet --python $(PEERS)/lmeval/bin/python torch==2.13.0 'lm_eval[hf]==0.4.13' \
 	    transformers==5.23.0 numba==0.68.1 click rich pyyaml
+	touch $@
+
+# Triton with what roundel itself needs: its kernels are interpreted and compiled here, which takes no card.
+$(PEERS)/triton/.ready: constraints.txt
+	$(PYTHON) -m venv $(PEERS)/triton
+	$(call PIP,$(PEERS)/triton) torch==2.13.0
+	$(call PIP,$(PEERS)/triton) torch==2.13.0 triton==3.9.0 numba==0.68.1 transformers==5.23.0 click rich pyyaml
 	touch $@
 
 # Bit for bit against auto-round, and our files in the runtimes that read them.

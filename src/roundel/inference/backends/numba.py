@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from roundel.errors import BackendError
+from roundel.inference.grouping import side_by_side
 from roundel.inference.numba.layout import LAYOUTS
 from roundel.tensor import QuantizedTensor
 from roundel.unit import Layer
@@ -38,15 +38,13 @@ class Numba:
         grid = layer.scheme.weight
         if device != "cpu":
             return f"it runs on cpu, not on {device}"
-        if not grid.element.is_integer or grid.block[0] != 1:
+        if not grid.is_integer_in_groups:
             return f"it multiplies integers in groups, {layer.scheme.name} is none"
         if grid.element.bits not in LAYOUTS:
             return f"it has words of {', '.join(map(str, LAYOUTS))} bits, not of {grid.element.bits}"
         columns = grid.block_of(layer.shape)[1]
         if columns % COLUMNS and columns < layer.shape[1]:
             return f"it takes groups of whole sixteens, not of {columns}"
-        if grid.scale not in ("F16", "BF16", "F32"):
-            return "it takes scales of 16 or 32 bits"
         return None
 
     def make(self, layer: Layer, quantized: QuantizedTensor) -> nn.Module:
@@ -62,18 +60,7 @@ class Packed(nn.Module):
         super().__init__()
         self.shape, bits = quantized.shape, quantized.grid.element.bits
         self.bits, self.columns = bits, quantized.grid.block_of(self.shape)[1]
-        codes, order = quantized.codes, None
-        if quantized.group_index is not None:  # columns of a group are brought together, and those of x with them
-            order = quantized.group_index.long().argsort(stable=True)
-            counts = torch.bincount(quantized.group_index.long(), minlength=quantized.scale.shape[1])
-            expected = torch.full_like(counts, self.columns)
-            expected[-1] = self.shape[1] - self.columns * (len(counts) - 1)
-            if not torch.equal(counts, expected):
-                raise BackendError(
-                    "A group index gives groups different numbers of columns, which backend numba does not take. Load "
-                    'with backend="torch".'
-                )
-            codes = codes[:, order]
+        codes, order = side_by_side(quantized, Numba.name)
         stored = codes.contiguous().view(torch.uint8).numpy()
         lowest = 0 if quantized.zero is not None else -(1 << (bits - 1))
         words = torch.from_numpy(pack_rows_of_words(stored, bits, lowest).view(np.int16))
