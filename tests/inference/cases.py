@@ -43,7 +43,9 @@ SHAPES = {  # (out, in), group: whole blocks and words, and neither
 }
 FLOATS = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a last place of the output
 BATCHES = (1, 7, 40)
+TINY = 2.0**-24  # the smallest float16
 UNIT = 2.0**-16 * 1.001  # of the largest input of a span: what rounding few inputs to 16 bits may change each by
+FOREIGN = {"marlin": 2.0**-8, "exllamav2": 2.0**-9}  # of |x| @ |w|: they round weights to the dtype they multiply in
 SUMS = 2e-6  # of |x| @ |w|: float32 sums of up to some hundreds, codes with their zero points still in them
 
 
@@ -149,16 +151,20 @@ def share_of_allowed(
             y = linear(x.to(device))
             assert y.dtype == dtype and y.shape == (batch, out)
             allowed = _allowed(backend, quantized, x, size, dtype) + 2 * FLOATS[dtype] * expected.abs()
-            allowed = allowed + FLOATS[dtype] * size * (bias is not None)
+            allowed = allowed + FLOATS[dtype] * size * (bias is not None) + (TINY if dtype == torch.float16 else 0)
             found = max(found, float(((y.cpu().double() - expected).abs() / allowed).max()))
     return found
 
 
 def _allowed(backend: str, quantized: QuantizedTensor, x: Tensor, size: Tensor, dtype: torch.dtype) -> Tensor:
     """How far a product without a bias, in float32, may be from the exact one."""
+    if backend in FOREIGN:
+        return FOREIGN[backend] * size
     return SUMS * size + (rounding(quantized, x) if backend == "numba" else 0)
 
 
 def _on(quantized: QuantizedTensor, device: str) -> QuantizedTensor:
+    if device == "cpu":
+        return quantized
     parts = {name: getattr(quantized, name) for name in ("codes", "scale", "zero", "group_index")}
     return replace(quantized, **{name: part.to(device) for name, part in parts.items() if part is not None})

@@ -42,3 +42,9 @@ def test_triton_kernels_compile_for_cards() -> None:
     shared = run("triton", "compile_kernels.py")
     assert len(shared) >= 8
     assert max(shared.values()) <= 99 * 1024, shared
+
+
+def test_gptqmodel_is_given_what_its_own_packer_makes() -> None:
+    found = run("gptqmodel", "run_gptqmodel.py")
+    assert sum(name.endswith("packed") for name in found) > 20
+    assert not {name: number for name, number in found.items() if number}
