@@ -68,7 +68,8 @@ def load(
 def _loaded(checkpoint: Checkpoint, device: str, backend: str | None, dtype: torch.dtype, trusted: bool) -> nn.Module:
     folder = checkpoint.source.small_folder()
     backends = {name: choose(layer, device, backend) for name, layer in checkpoint.layers.items()}
-    _name_absent(checkpoint, backends, device)
+    if backend is None:
+        _name_absent(checkpoint, backends, device)
     check_room(checkpoint, device, dtype)
     model = empty_model(checkpoint.source.config, folder, dtype, trust_remote_code=trusted)
     spelling = spelling_of(model, checkpoint.tensor_names)
