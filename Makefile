@@ -27,13 +27,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 # The tools that roundel is compared with, each in an environment of its own; never imported by ours.
 peers: $(PEERS)/auto-round/.ready $(PEERS)/gptqmodel/.ready $(PEERS)/llmcompressor/.ready $(PEERS)/hqq/.ready \
-    $(PEERS)/gguf/.ready $(PEERS)/mlx/.ready $(PEERS)/bnb/.ready $(PEERS)/lmeval/.ready
+    $(PEERS)/gguf/.ready $(PEERS)/mlx/.ready $(PEERS)/bnb/.ready $(PEERS)/lmeval/.ready $(PEERS)/triton/.ready
 
 $(PEERS)/auto-round/.ready: constraints.txt
 	$(PYTHON) -m venv $(PEERS)/auto-round
 	$(call PIP,$(PEERS)/auto-round) torch==2.13.0
 	$(call PIP,$(PEERS)/auto-round) torch==2.13.0 auto-round==0.16.1 auto-round-lib==0.16.0 transformers==5.23.0 \
-	    compressed-tensors==0.20.0 accelerate==1.15.0
+	    compressed-tensors==0.20.0 accelerate==1.15.0 numba==0.68.1
 	touch $@
 
 # GPTQModel asks for a newer torch than it needs, which would bring CUDA along; so its needs are named here.
@@ -42,7 +42,7 @@ $(PEERS)/gptqmodel/.ready: constraints.txt
 	$(call PIP,$(PEERS)/gptqmodel) torch==2.13.0
 	$(call PIP,$(PEERS)/gptqmodel) torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 optimum==2.3.0 torchao==0.18.0 \
 	    datasets==5.2.0 defuser==0.0.28 device-smi==0.5.7 dill logbar==0.4.15 maturin ninja pillow protobuf pyarrow \
-	    pypcre==0.6.4 requests threadpoolctl tokenicer==0.0.14
+	    pypcre==0.6.4 requests threadpoolctl tokenicer==0.0.14 numba==0.68.1
 	$(call PIP,$(PEERS)/gptqmodel) --no-deps gptqmodel==7.7.0
 	touch $@
 
@@ -83,6 +83,13 @@ $(PEERS)/lmeval/.ready: constraints.txt
 	$(call PIP,$(PEERS)/lmeval) --upgrade pip uv
 	$(PEERS)/lmeval/bin/uv pip install --quiet --python $(PEERS)/lmeval/bin/python torch==2.13.0 'lm_eval[hf]==0.4.13' \
 	    transformers==5.23.0 numba==0.68.1 click rich pyyaml
+	touch $@
+
+# Triton with what roundel itself needs: its kernels are interpreted and compiled here, which takes no card.
+$(PEERS)/triton/.ready: constraints.txt
+	$(PYTHON) -m venv $(PEERS)/triton
+	$(call PIP,$(PEERS)/triton) torch==2.13.0
+	$(call PIP,$(PEERS)/triton) torch==2.13.0 triton==3.9.0 numba==0.68.1 transformers==5.23.0 click rich pyyaml
 	touch $@
 
 # Bit for bit against auto-round, and our files in the runtimes that read them.

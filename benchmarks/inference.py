@@ -8,6 +8,7 @@ prompt of 16 tokens, then tokens one by one, the median time of one. Reading: 51
 bfloat16 is not run whole, for torch emulates it on processors that have no instructions for it: its row is the time of
 its matrix products alone, each shape measured, which no model of it can be faster than. The share of bandwidth is bytes
 of weights that a token reads over its time, against the best of torch's sums of 400 MB. llama.cpp needs `make peers`.
+On a card (--device cuda) products by single matrices are measured, which products.py does.
 --clock cpu counts processor time instead, for a machine that others use too: with --threads 1 it means the same.
 """
 
@@ -22,6 +23,7 @@ import sys
 import time
 from pathlib import Path
 
+import products
 import torch
 from measuring import BENCH, ROOT
 from synthetic import SHAPES, make
@@ -151,8 +153,12 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--skip", default="", help="rows to leave out, by the first letters of their names")
+    parser.add_argument("--device", default="cpu", help="another than cpu: products.py, on that device")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.device != "cpu":
+        products.main(["--device", arguments.device, "--prompt", str(arguments.prompt)])
+        return
     if arguments.row:
         print(json.dumps(row(arguments.row, arguments)))
         return

@@ -163,6 +163,13 @@ class Grid:
         return self.is_integer and self.scale == "F16"
 
     @property
+    def is_integer_in_groups(self) -> bool:
+        """Whether it is integers in groups of a row's columns, under one float scale each, with a zero point that is a
+        code, or without."""
+        plain = isinstance(self.scale, str) and self.scale in ("F16", "BF16", "F32") and self.offset is None
+        return self.element.is_integer and plain and self.block[0] == 1 and not self.flat and self.zero == "code"
+
+    @property
     def row_columns(self) -> int:
         """Of what a row's length has to be a multiple, where blocks cannot be cut short: ggml's types; else 1."""
         if self.rule != "ggml":

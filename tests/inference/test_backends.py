@@ -6,70 +6,34 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
-from inference.cases import drawn, layer_of, reference
+from inference.cases import (
+    CELLS,
+    FLOATS,
+    SUMS,
+    Cell,
+    drawn,
+    floats,
+    layer_of,
+    permuted,
+    reference,
+    rounding,
+    share_of_allowed,
+)
 from roundel.errors import BackendError, RecipeError
-from roundel.inference.backends import BACKENDS, choose
-from roundel.inference.linear import QuantLinear
+from roundel.inference.backends import BACKENDS, better_but_absent, choose
+from roundel.inference.backends.torch import Torch
 from roundel.inference.planes import join_planes, split_planes
-from roundel.ops.encode import encode
-from roundel.scheme import PRESETS, integer_scheme
-from roundel.tensor import QuantizedTensor
-
-SHAPES = {  # (out, in), group: whole blocks and words, and neither
-    "whole": ((64, 256), 128),
-    "short rows": ((37, 256), 32),
-    "short group": ((40, 104), 64),
-    "odd columns": ((19, 101), 48),
-    "channel": ((33, 77), -1),
-    "one": ((1, 16), 16),
-    "long channel": ((9, 2600), -1),
-}
-FLOATS = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a last place of the output
-UNIT = 2.0**-16 * 1.001  # of the largest input of a span: what rounding few inputs to 16 bits may change each by
-SUMS = 2e-6  # of |x| @ |w|: float32 sums of up to some hundreds, codes with their zero points still in them
-
-
-def rounding(quantized: QuantizedTensor, x: Tensor) -> Tensor:
-    """How far a product may be off when inputs are rounded to 16 bits, by group or 2^(16 - bits) columns of one."""
-    width, most = quantized.shape[1], 1 << (16 - quantized.grid.element.bits)
-    group, largest = quantized.grid.block_of(quantized.shape)[1], x.abs().double()
-    for start in range(0, width, group):
-        for first in range(start, min(start + group, width), most):
-            part = slice(first, min(first + most, start + group, width))
-            largest[:, part] = largest[:, part].amax(1, keepdim=True)
-    return UNIT * largest @ quantized.decode().double().abs().T
+from roundel.scheme import PRESETS, Scheme, integer_scheme
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 @pytest.mark.parametrize("backend", ["torch", "numba"])
-def test_products_are_those_of_decoded_weights(
-    backend: str, bits: int, symmetric: bool, shape: str, dtype: torch.dtype
-) -> None:
-    (out, width), group = SHAPES[shape]
-    scheme = integer_scheme(bits, group, symmetric)
-    layer, made = layer_of(scheme, (out, width)), BACKENDS[backend]
-    if backend == "numba" and bits in (5, 6, 7):
-        assert "words of 2, 3, 4, 8 bits" in str(made.refuse(layer, "cpu"))
-        return
-    assert made.refuse(layer, "cpu") is None
-    quantized = drawn(scheme, (out, width))
-    generator = torch.Generator().manual_seed(1)
-    for bias in (None, torch.randn(out, generator=generator)):
-        linear = QuantLinear(layer.name, backend, "cpu", made.make(layer, quantized), (out, width))
-        linear.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
-        for batch in (1, 7, 40):
-            x = torch.randn(batch, width, generator=generator).to(dtype)
-            expected, size = reference(quantized.decode(), x, bias)
-            found = linear(x)
-            assert found.dtype == dtype and found.shape == (batch, out)
-            allowed = SUMS * size + (rounding(quantized, x) if backend == "numba" else 0)
-            allowed = allowed + 2 * FLOATS[dtype] * expected.abs() + FLOATS[dtype] * size * (bias is not None)
-            assert bool(((found.double() - expected).abs() <= allowed).all())
+def test_products_are_those_of_decoded_weights(backend: str, cell: Cell, dtype: torch.dtype) -> None:
+    layer = layer_of(cell.scheme, cell.shape)
+    assert BACKENDS[backend].refuse(layer, "cpu") is None
+    assert share_of_allowed(backend, layer, drawn(cell.scheme, cell.shape), dtype) <= 1
 
 
 @pytest.mark.parametrize("scale", ["BF16", "F32"])
@@ -83,28 +47,29 @@ def test_scales_of_other_dtypes(backend: str, scale: str) -> None:
     assert bool(((found.double() - expected).abs() <= SUMS * size + rounding(quantized, x)).all())
 
 
-@pytest.mark.parametrize("name", ["MXFP4", "MXFP8"])
-def test_floats_are_decoded(name: str) -> None:
-    scheme, generator = PRESETS[name], torch.Generator().manual_seed(0)
-    quantized = encode(torch.randn(33, 96, generator=generator), scheme.weight)
-    layer, x = layer_of(scheme, (33, 96)), torch.randn(7, 96, generator=generator)
-    assert choose(layer, "cpu").name == "torch"
-    expected, size = reference(quantized.decode(), x, None)
-    found = BACKENDS["torch"].make(layer, quantized)(x)
-    assert bool(((found.double() - expected).abs() <= SUMS * size).all())
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [("torch", "MXFP4"), ("torch", "MXFP8"), ("torch", "NVFP4"), ("numba", "MXFP4"), ("numba", "NVFP4")],
+)
+def test_products_of_floats_are_those_of_decoded_weights(backend: str, name: str, dtype: torch.dtype) -> None:
+    for _, layer, quantized in floats(name):
+        assert BACKENDS[backend].refuse(layer, "cpu") is None
+        assert share_of_allowed(backend, layer, quantized, dtype) <= 1
+
+
+@pytest.mark.parametrize("backend", ["numba", "ark", "triton", "marlin", "exllamav2"])
+def test_what_is_added_to_codes_is_not_left_out(backend: str) -> None:
+    device, symmetric = "cpu" if backend in ("numba", "ark") else "cuda", backend == "marlin"
+    scheme = integer_scheme(4, 32, symmetric)
+    assert BACKENDS[backend].refuse(layer_of(scheme, (64, 96)), device) is None
+    for grid in (replace(scheme.weight, offset="F16"), replace(scheme.weight, zero="float")):  # MLX's, and HQQ's
+        assert BACKENDS[backend].refuse(layer_of(replace(scheme, weight=grid), (64, 96)), device) is not None
 
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])
 def test_columns_of_a_group_may_lie_apart(backend: str) -> None:
-    scheme, generator = integer_scheme(4, 32), torch.Generator().manual_seed(0)
-    index = (torch.randperm(96, generator=generator) // 32).to(torch.int32)
-    quantized = replace(drawn(scheme, (24, 96)), group_index=index)
-    for batch in (1, 40):
-        x = torch.randn(batch, 96, generator=generator)
-        expected, size = reference(quantized.decode(), x, None)
-        found = BACKENDS[backend].make(layer_of(scheme, (24, 96)), quantized)(x)
-        worst = x.abs().amax(1, keepdim=True).expand_as(x).double() @ quantized.decode().double().abs().T
-        assert bool(((found.double() - expected).abs() <= SUMS * size + UNIT * worst).all())
+    assert share_of_allowed(backend, *permuted(), torch.float32) <= 1
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -116,7 +81,7 @@ def test_planes_are_read_as_they_were_written(bits: int, count: int) -> None:
     assert sum(plane.shape[1] for plane in planes) <= count * bits / 8 + len(planes)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("backend", ["torch", "numba"])
 def test_weights_stay_packed(backend: str, bits: int) -> None:
     scheme, shape = integer_scheme(bits, 128), (256, 1024)
@@ -156,13 +121,90 @@ def test_inputs_of_any_size(size: float) -> None:
     assert bool(((found - expected).abs() <= allowed).all())
 
 
-def test_a_refusal_names_every_backend() -> None:
-    layer = layer_of(integer_scheme(5), (64, 256))
-    with pytest.raises(BackendError, match=r"block\.proj .*numba: it has words of 2, 3, 4, 8 bits, not of 5.*Leave"):
-        choose(layer, "cpu", "numba")
-    with pytest.raises(BackendError, match="numba: it runs on cpu, not on cuda"):
-        choose(layer_of(integer_scheme(4), (64, 256)), "cuda:0", "numba")
+def here(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """As if the packages of these backends were installed, and no others."""
+    for name, backend in BACKENDS.items():
+        if backend.priority and name != "numba":
+            needs = None if name in names else f"pip install {name}"
+            monkeypatch.setattr(type(backend), "needs", property(lambda self, needs=needs: needs))
+
+
+CHOSEN = [  # device, scheme, shape, packages -> the backend, and the better one that is missing
+    ("cpu", "W4A16", (64, 256), (), "numba", None),
+    ("cpu", "W7A16", (64, 256), ("ark",), "numba", None),
+    ("cpu", "W4A16G40", (64, 240), ("ark",), "ark", None),
+    ("cpu", "W4A16G40", (64, 240), (), "torch", "ark"),
+    ("cpu", "MXFP4", (64, 256), ("ark",), "numba", None),
+    ("cpu", "MXFP8", (64, 256), ("ark",), "torch", None),
+    ("cpu", "NF4", (64, 256), ("ark",), "torch", None),
+    ("cuda", "W4A16", (64, 256), (), "torch", "marlin"),
+    ("cuda", "W4A16", (64, 256), ("triton",), "triton", "marlin"),
+    ("cuda", "W4A16", (64, 256), ("triton", "exllamav2", "marlin"), "marlin", None),
+    ("cuda:1", "W4A16_ASYM", (64, 256), ("triton", "exllamav2", "marlin"), "triton", None),
+    ("cuda", "W4A16_ASYM", (64, 256), ("exllamav2", "marlin"), "exllamav2", "triton"),
+    ("cuda", "W4A16_ASYM", (60, 256), ("exllamav2", "marlin"), "torch", "triton"),
+    ("cuda", "W8A16G64", (64, 256), ("exllamav2", "marlin"), "marlin", None),
+    ("cuda", "W8A16G48", (64, 240), ("triton", "marlin"), "triton", None),
+    ("cuda", "W3A16", (64, 256), ("triton", "marlin"), "triton", None),
+    ("cuda", "MXFP4", (64, 256), ("triton", "marlin"), "triton", None),
+    ("cuda", "NVFP4", (64, 256), ("triton", "marlin"), "torch", None),
+    ("xpu", "W4A16", (64, 256), ("triton", "marlin", "ark"), "triton", None),
+]
+
+
+@pytest.mark.parametrize(("device", "scheme", "shape", "packages", "name", "better"), CHOSEN)
+def test_the_best_backend_is_chosen(
+    device: str,
+    scheme: str,
+    shape: tuple[int, int],
+    packages: tuple[str, ...],
+    name: str,
+    better: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here(monkeypatch, *packages)
+    layer = layer_of(Scheme.parse(scheme), shape)
+    chosen = choose(layer, device)
+    assert chosen.name == name
+    absent = better_but_absent(layer, device, chosen)
+    assert (absent.name if absent else None) == better
+
+
+def test_a_refusal_names_the_wanted_backend_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch, "marlin")
+    layer, odd = layer_of(integer_scheme(5), (64, 256)), layer_of(integer_scheme(4, 40), (60, 240))
+    for wanted, device, asked, reason in (
+        ("numba", "cuda:0", layer, "it runs on cpu, not on cuda"),
+        ("numba", "cpu", odd, "it takes groups of whole sixteens, not of 40"),
+        (
+            "numba",
+            "cpu",
+            layer_of(PRESETS["NF4"], (64, 256)),
+            "it multiplies integers and E2M1 in groups, NF4 is neither",
+        ),
+        ("ark", "xpu", layer, "on xpu it multiplies in 8 bits"),
+        ("ark", "cpu", layer, r"it is not installed \(pip install ark\)"),
+        ("triton", "cpu", layer, "it runs on cuda and xpu, not on cpu"),
+        ("triton", "cuda", layer_of(PRESETS["MXFP8"], (64, 256)), "it multiplies integers in groups, and MXFP4"),
+        ("marlin", "cuda", layer, "it multiplies 4 or 8 bits, not 5"),
+        ("marlin", "cuda", layer_of(integer_scheme(4, 128, False), (64, 256)), "it multiplies symmetric integers"),
+        ("marlin", "cuda", layer_of(integer_scheme(4), (60, 256)), "it takes whole words, 8 outputs and 8 inputs each"),
+        ("exllamav2", "cuda", odd, "it takes whole groups of 32, 64, 128 or of all columns, not 240 in 40"),
+        ("exllamav2", "cuda", layer_of(integer_scheme(4), (80, 256)), "it takes outputs and inputs in multiples of 32"),
+    ):
+        with pytest.raises(BackendError, match=rf"block\.proj .* on {device}: {wanted}: .*{reason}.*Leave backend out"):
+            choose(asked, device, wanted)
     with pytest.raises(RecipeError, match="Did you mean 'numba'"):
         choose(layer, "cpu", "nunba")
-    assert choose(layer, "cpu").name == "torch"
-    assert choose(layer_of(integer_scheme(4), (64, 256)), "cpu").name == "numba"
+
+
+def test_a_refusal_names_every_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch)
+    monkeypatch.setattr(Torch, "refuse", lambda self, layer, device: "it is out of order")
+    with pytest.raises(BackendError) as caught:
+        choose(layer_of(integer_scheme(4), (64, 256)), "cuda:0")
+    told = str(caught.value)
+    assert all(
+        f"{name}: it is not installed (pip install {name})" in told for name in ("marlin", "triton", "exllamav2")
+    )
+    assert "numba: it runs on cpu" in told and "ark: it runs on cpu" in told and "torch: it is out of order" in told

@@ -103,8 +103,8 @@ def test_checkpoints_of_other_tools(kind: str, tmp_path: Path) -> None:
     else:
         pico.build_nvfp4(tmp_path, "modelopt" if kind == "modelopt" else "compressed-tensors")
     model = roundel.load(tmp_path)
-    assert {m.backend for m in packed_layers(model).values()} == {"torch"}
-    assert near(said(model), expected(tmp_path))
+    assert {m.backend for m in packed_layers(model).values()} == {"torch" if kind.startswith("fp8") else "numba"}
+    assert near(said(model), expected(tmp_path), FEW)
 
 
 def test_a_float_checkpoint_is_loaded_too(tmp_path: Path) -> None:
@@ -130,8 +130,8 @@ def test_mixed_widths_and_a_rounded_head(tmp_path: Path) -> None:
     model = roundel.load(folder)
     layers = packed_layers(model)
     assert "lm_head" in layers and not any("q_proj" in name for name in layers)
-    assert {m.backend for n, m in layers.items() if "k_proj" in n} == {"torch"}
-    assert near(said(model), expected(folder))
+    assert {m.backend for n, m in layers.items() if "k_proj" in n} == {"numba"}
+    assert near(said(model), expected(folder), FEW)
 
 
 def test_kept_matrices_stay_as_narrow_as_they_are_stored(tmp_path: Path) -> None:
@@ -177,8 +177,8 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_backend_that_cannot(tmp_path: Path) -> None:
-    folder = made("llama", tmp_path, scheme="MXFP4")
-    with pytest.raises(BackendError, match=r"layers\.0.* numba: it multiplies integers in groups"):
+    folder = made("llama", tmp_path, scheme="MXFP8")
+    with pytest.raises(BackendError, match=r"layers\.0.* numba: it multiplies integers and E2M1 in groups"):
         roundel.load(folder, backend="numba")
 
 

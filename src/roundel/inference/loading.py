@@ -88,7 +88,8 @@ def chosen_backends(checkpoint: Checkpoint, device: str, backend: str | None) ->
     See `load` for `backend` and what is raised.
     """
     backends = {name: choose(layer, device, backend) for name, layer in checkpoint.layers.items()}
-    _name_absent(checkpoint, backends, device)
+    if backend is None:
+        _name_absent(checkpoint, backends, device)
     embedding = checkpoint.matrices.get(checkpoint.family.embedding.removesuffix(".weight"))
     if embedding is not None and embedding.name in backends and checkpoint.family.head not in checkpoint.matrices:
         tied = checkpoint.tied_head()

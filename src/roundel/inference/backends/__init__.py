@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from roundel.errors import BackendError, RecipeError, nearest
+from roundel.inference.backends.ark import Ark
 from roundel.inference.backends.backend import Backend
+from roundel.inference.backends.exllamav2 import Exllamav2
+from roundel.inference.backends.marlin import Marlin
 from roundel.inference.backends.numba import Numba
 from roundel.inference.backends.torch import Torch
+from roundel.inference.backends.triton import Triton
 from roundel.unit import Layer
 
 __all__ = ["BACKENDS", "Backend", "better_but_absent", "choose"]
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (Torch(), Numba())}
+BACKENDS: dict[str, Backend] = {b.name: b for b in (Torch(), Ark(), Numba(), Exllamav2(), Triton(), Marlin())}
 
 
 def choose(layer: Layer, device: str, wanted: str | None = None) -> Backend:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
 from typing import ClassVar, Protocol
 
 from torch import nn
@@ -9,7 +11,7 @@ from torch import nn
 from roundel.tensor import QuantizedTensor
 from roundel.unit import Layer
 
-__all__ = ["Backend"]
+__all__ = ["Backend", "missing"]
 
 
 class Backend(Protocol):
@@ -35,3 +37,10 @@ class Backend(Protocol):
 
         quantized   on the device where the module is to be; what the module keeps of it is its own
         """
+
+
+@cache
+def missing(module: str, extra: str | None = None) -> str | None:
+    """The command that installs a module, which an extra of ours asks for (by default one of its name), or None where
+    it is there."""
+    return None if find_spec(module) else f"pip install 'roundel[{extra or module}]'"

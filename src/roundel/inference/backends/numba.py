@@ -1,4 +1,4 @@
-"""CPU: integers of 2, 3, 4 and 8 bits in the words of `inference/numba/layout.py`, multiplied without unpacking them.
+"""CPU: integers of 2 to 8 bits, MXFP4 and NVFP4, in the words of `inference/numba/layout.py`, which stay packed.
 
 Up to 16 inputs are rounded to 16-bit integers and multiplied by codes in registers; for more, a slab of rows is decoded
 to float32 at a time and torch multiplies. See `inference/numba/product.py` for how close that is.
@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from roundel.errors import BackendError
+from roundel.inference.grouping import side_by_side
 from roundel.inference.numba.layout import LAYOUTS
-from roundel.tensor import QuantizedTensor
+from roundel.scheme import Grid
+from roundel.tensor import QuantizedTensor, plain
 from roundel.unit import Layer
 
 if TYPE_CHECKING:
@@ -38,17 +39,13 @@ class Numba:
         grid = layer.scheme.weight
         if device != "cpu":
             return f"it runs on cpu, not on {device}"
-        if not grid.element.is_integer or grid.block[0] != 1:
-            return f"it multiplies integers in groups, {layer.scheme.name} is none"
+        if not grid.is_integer_in_groups and not _is_e2m1(grid):
+            return f"it multiplies integers and E2M1 in groups, {layer.scheme.name} is neither"
         if grid.element.bits not in LAYOUTS:
-            return f"it has words of {', '.join(map(str, LAYOUTS))} bits, not of {grid.element.bits}"
-        if grid.offset is not None:
-            return "it multiplies by codes less a zero point, not by codes plus a minimum"
+            return f"it has words of {min(LAYOUTS)} to {max(LAYOUTS)} bits, not of {grid.element.bits}"
         columns = grid.block_of(layer.shape)[1]
         if columns % COLUMNS and columns < layer.shape[1]:
             return f"it takes groups of whole sixteens, not of {columns}"
-        if grid.scale not in ("F16", "BF16", "F32"):
-            return "it takes scales of 16 or 32 bits"
         return None
 
     def make(self, layer: Layer, quantized: QuantizedTensor) -> nn.Module:
@@ -64,24 +61,17 @@ class Packed(nn.Module):
         super().__init__()
         self.shape, bits = quantized.shape, quantized.grid.element.bits
         self.bits, self.columns = bits, quantized.grid.block_of(self.shape)[1]
-        codes, order = quantized.codes, None
-        if quantized.group_index is not None:  # columns of a group are brought together, and those of x with them
-            order = quantized.group_index.long().argsort(stable=True)
-            counts = torch.bincount(quantized.group_index.long(), minlength=quantized.scale.shape[1])
-            expected = torch.full_like(counts, self.columns)
-            expected[-1] = self.shape[1] - self.columns * (len(counts) - 1)
-            if not torch.equal(counts, expected):
-                raise BackendError(
-                    "A group index gives groups different numbers of columns, which backend numba does not take. Load "
-                    'with backend="torch".'
-                )
-            codes = codes[:, order]
+        codes, order = side_by_side(quantized, Numba.name)
         stored = codes.contiguous().view(torch.uint8).numpy()
-        lowest = 0 if quantized.zero is not None else -(1 << (bits - 1))
+        lowest = -(1 << (bits - 1)) if codes.dtype == torch.int8 else 0
         words = torch.from_numpy(pack_rows_of_words(stored, bits, lowest).view(np.int16))
-        assert isinstance(quantized.scale, Tensor)
-        self._kind = _KINDS[quantized.scale.dtype]
-        scale = quantized.scale.view(torch.int32 if quantized.scale.dtype == torch.float32 else torch.int16)
+        self.e2m1, self.factor = not quantized.grid.element.is_integer, 1.0
+        scale = quantized.scale
+        if self.e2m1:
+            scale, self.factor = _narrow(scale)
+        assert isinstance(scale, Tensor)
+        self._kind = _KINDS[scale.dtype]
+        scale = scale.view(torch.int32 if scale.dtype == torch.float32 else torch.int16)
         rows = LAYOUTS[bits].rows
         none = torch.empty((0, 0, 0), dtype=torch.uint8)
         zeros = none if quantized.zero is None else _by_blocks(quantized.zero, rows)
@@ -98,7 +88,8 @@ class Packed(nn.Module):
             entering = entering[:, self.get_buffer("order")]
         if self._packed is None:
             self._packed = self._arrays()
-        return self._packed.product(entering).to(x.dtype)
+        found = self._packed.product(entering)
+        return (found if self.factor == 1 else found * self.factor).to(x.dtype)
 
     def _arrays(self) -> PackedRows:
         """The buffers as the kernels take them."""
@@ -109,6 +100,7 @@ class Packed(nn.Module):
             scales=self.get_buffer("scales").numpy().view(self._kind),
             zeros=self.get_buffer("zeros").numpy(),
             bits=self.bits,
+            e2m1=self.e2m1,
             shape=self.shape,
             group=-(-self.columns // COLUMNS) * COLUMNS,  # a group of all columns may end within a vector
         )
@@ -121,6 +113,23 @@ class Packed(nn.Module):
     def __getstate__(self) -> dict[str, object]:
         """A copy has buffers of its own."""
         return self.__dict__ | {"_packed": None}
+
+
+def _is_e2m1(grid: Grid) -> bool:
+    """Whether it is E2M1 under scales that have 16 bits: powers of two (MXFP4), or E4M3 times one number (NVFP4)."""
+    if grid.element.name != "e2m1" or grid.block[0] != 1 or grid.offset is not None or grid.rule != "range":
+        return False
+    inner = grid.scale
+    return inner == "E8M0" or (
+        isinstance(inner, Grid) and inner.element.name == "e4m3" and inner.block == (0, 0) and inner.offset is None
+    )
+
+
+def _narrow(scale: Tensor | QuantizedTensor) -> tuple[Tensor, float]:
+    """Scales of E2M1 codes in 16 bits, exactly, and what products by them are multiplied by."""
+    if isinstance(scale, QuantizedTensor):
+        return scale.codes.float().to(torch.float16), float(plain(scale.scale)) / 2
+    return scale.float().to(torch.bfloat16), 0.5
 
 
 def _by_blocks(values: Tensor, rows: int) -> Tensor:

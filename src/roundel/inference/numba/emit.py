@@ -99,8 +99,8 @@ class _Emitter:
         begins = self.along(at, stride, layout.streams)
         return {word: begins[word] for word in sorted({take.word for row in rows for take in layout.takes(row)})}
 
-    def row(self, words: Mapping[int, Any], layout: Layout, row: int) -> Any:
-        """The codes of a row in sixteen columns, as words."""
+    def row(self, words: Mapping[int, Any], layout: Layout, row: int, e2m1: bool) -> Any:
+        """The codes of a row in sixteen columns, as words; twice their values where they are E2M1."""
         found: Any = None
         for take in layout.takes(row):
             part = words[take.word]
@@ -111,7 +111,17 @@ class _Emitter:
             if take.up:
                 part = self.builder.shl(part, _all(_WORDS, take.up))
             found = part if found is None else self.builder.or_(found, part)
-        return found
+        return self.doubled(found) if e2m1 else found
+
+    def doubled(self, codes: Any) -> Any:
+        """E2M1 codes -> twice their values: of a magnitude m the largest of m, 2 m - 4 and 4 m - 16."""
+        builder = self.builder
+        found = size = builder.and_(codes, _all(_WORDS, 7))
+        for times, less in ((1, 4), (2, 16)):
+            line = builder.sub(builder.shl(size, _all(_WORDS, times)), _all(_WORDS, less))
+            found = builder.select(builder.icmp_signed(">", line, found), line, found)
+        sign = builder.sub(_all(_WORDS, 0), builder.lshr(codes, _all(_WORDS, 3)))
+        return builder.sub(builder.xor(found, sign), sign)
 
     def halves(self, words: Any) -> list[Any]:
         """Sixteen words -> two vectors of eight floats."""
@@ -119,7 +129,7 @@ class _Emitter:
         found = []
         for first in (0, LANES):
             half = self.builder.shuffle_vector(words, undefined, _chosen(range(first, first + LANES)))
-            found.append(self.builder.sitofp(self.builder.zext(half, _INTS), _FLOATS))
+            found.append(self.builder.sitofp(self.builder.sext(half, _INTS), _FLOATS))
         return found
 
     def widened(self, pointer: Any, index: Any, kind: types.Type) -> Any:
@@ -163,7 +173,7 @@ class _Emitter:
 
 @intrinsic(prefer_literal=True)
 def add_span(  # type: ignore[no-untyped-def]
-    typing, words, at, stride, steps, x, x_at, x_stride, sums, units, span, scale, zero, total, bits, batch
+    typing, words, at, stride, steps, x, x_at, x_stride, sums, units, span, scale, zero, total, bits, e2m1, batch
 ):
     """total[row, input] += scale[row] * units[input] * sum over columns of (code - zero[row]) * x[input].
 
@@ -172,11 +182,11 @@ def add_span(  # type: ignore[no-untyped-def]
     sums    int32, flat; at `span` the sums of these columns of x, one for each input
     units   float32, flat; at `span` what 1 in x stands for, one for each input
     scale, zero, total   float32, int32 and float32 [rows of a block, batch], flat; the first two one for each row
-    bits, batch   literal: the width, and 1, 2, 4 or 8 inputs
+    bits, e2m1, batch   literal: the width, whether codes are E2M1 and not integers, and 1, 2, 4 or 8 inputs
     Sums are of 32 bits, so columns are few enough: 16 * steps * (2^bits - 1) < 2^16. Arrays that hold one number for a
     row or an input are read in vectors, up to 7 numbers beyond what is used.
     """
-    layout, inputs = LAYOUTS[bits.literal_value], batch.literal_value
+    layout, inputs, doubled = LAYOUTS[bits.literal_value], batch.literal_value, e2m1.literal_value
     given = (words, at, stride, steps, x, x_at, x_stride, sums, units, span, scale, zero, total)
 
     def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
@@ -193,7 +203,7 @@ def add_span(  # type: ignore[no-untyped-def]
                 column = builder.mul(step, emit.size(STEP))
                 held = {w: emit.load(words, builder.add(begin, column), _WORDS) for w, begin in streams.items()}
                 entering = [emit.load(x, builder.add(begin, column), _WORDS) for begin in xs]
-                codes = [emit.row(held, layout, row) for row in rows]
+                codes = [emit.row(held, layout, row, doubled) for row in rows]
                 return [
                     builder.add(value, emit.pairs(codes[of_row[n]], entering[of_input[n]]))
                     for n, value in enumerate(so_far)
@@ -211,7 +221,7 @@ def add_span(  # type: ignore[no-untyped-def]
             add_rows(rows)
         return context.get_dummy_value()
 
-    return types.void(*given, bits, batch), generate
+    return types.void(*given, bits, e2m1, batch), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -234,12 +244,12 @@ def widen(typing, stored, at, out, rows):  # type: ignore[no-untyped-def]
 
 
 @intrinsic(prefer_literal=True)
-def spread_group(typing, words, at, stride, steps, scale, zero, out, out_at, out_stride, bits):  # type: ignore[no-untyped-def]
+def spread_group(typing, words, at, stride, steps, scale, zero, out, out_at, out_stride, bits, e2m1):  # type: ignore[no-untyped-def]
     """out[row, column] = (code - zero[row]) * scale[row] for a group's columns; the arguments are `add_span`'s.
 
     out   float32, flat; the block's first row begins at out_at, the next out_stride further
     """
-    layout = LAYOUTS[bits.literal_value]
+    layout, doubled = LAYOUTS[bits.literal_value], e2m1.literal_value
     given = (words, at, stride, steps, scale, zero, out, out_at, out_stride)
 
     def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
@@ -256,7 +266,7 @@ def spread_group(typing, words, at, stride, steps, scale, zero, out, out_at, out
                 held = {w: emit.load(words, builder.add(begin, column), _WORDS) for w, begin in streams.items()}
                 for row in rows:
                     where = builder.add(builder.add(out_at, column), builder.mul(out_stride, emit.size(row)))
-                    for half, codes in enumerate(emit.halves(emit.row(held, layout, row))):
+                    for half, codes in enumerate(emit.halves(emit.row(held, layout, row, doubled))):
                         value = builder.fmul(builder.fsub(codes, zeros[row]), scales[row])
                         emit.store(value, out, emit.plus(where, half * LANES))
                 return []
@@ -267,7 +277,7 @@ def spread_group(typing, words, at, stride, steps, scale, zero, out, out_at, out
             spread(rows)
         return context.get_dummy_value()
 
-    return types.void(*given, bits), generate
+    return types.void(*given, bits, e2m1), generate
 
 
 @intrinsic(prefer_literal=True)

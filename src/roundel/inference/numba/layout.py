@@ -1,12 +1,13 @@
 """How packed weights lie for the CPU: a word of 16 bits holds one column's codes of several neighbouring rows.
 
-Rows come in blocks of 8 (2, 4 and 8 bits) or 16 (3 bits). A block has one or more *streams* of words, one word for each
-column; rows of a block, from a word's lowest bits up:
+Rows come in blocks of 8 or 16. A block has one or more *streams* of words, one word for each column. A word holds as
+many rows whole as it has room for, from its lowest bits up, the first stream the first rows; what is left of the words,
+stream by stream, holds the last rows, from the lowest bits up:
 
-    2 bits   one stream: rows 0 to 7
-    4 bits   two streams: rows 0 to 3, and 4 to 7
-    8 bits   four streams: rows 0 and 1, 2 and 3, ...
-    3 bits   three streams: rows 0 to 4, 5 to 9, 10 to 14; their topmost bits are row 15, stream 0's the lowest
+    2 bits   one stream: rows 0 to 7             3 bits   three of 5 rows, and in 1 bit of each row 15
+    4 bits   two streams of 4 rows               5 bits   five of 3 rows, and in 1 bit of each row 15
+    8 bits   four streams of 2 rows              6 bits   three of 2 rows, and in 4 bits of each rows 6 and 7
+                                                 7 bits   seven of 2 rows, and in 2 bits of each rows 14 and 15
 
     words    uint16 [blocks, streams, columns], columns filled up with zeros to a multiple of 16
     scales   [blocks, groups, rows of a block], bits of the dtype they are stored in
@@ -52,11 +53,18 @@ class Layout:
     streams: int
 
     def takes(self, row: int) -> tuple[Take, ...]:
-        """Where a row of a block lies; one whose bits are spread lies in all words."""
+        """Where a row of a block lies: whole in one word, or in what is left of several."""
         word, place = divmod(row, self.each)
-        if word == self.streams:
-            return tuple(Take(bit, WORD - 1, 1, up=bit) for bit in range(self.bits))
-        return (Take(word, self.bits * place, (1 << self.bits) - 1),)
+        if word < self.streams:
+            return (Take(word, self.bits * place, (1 << self.bits) - 1),)
+        used, first, found = self.bits * self.each, (row - self.each * self.streams) * self.bits, 0
+        takes = []
+        while found < self.bits:
+            word, start = divmod(first + found, WORD - used)
+            width = min(WORD - used - start, self.bits - found)
+            takes.append(Take(word, used + start, (1 << width) - 1, up=found))
+            found += width
+        return tuple(takes)
 
     def parts(self, rows: int) -> list[range]:
         """The rows of a block in runs of so many, which divide them."""
@@ -67,5 +75,8 @@ LAYOUTS = {
     2: Layout(2, rows=8, each=8, streams=1),
     3: Layout(3, rows=16, each=5, streams=3),
     4: Layout(4, rows=8, each=4, streams=2),
+    5: Layout(5, rows=16, each=3, streams=5),
+    6: Layout(6, rows=8, each=2, streams=3),
+    7: Layout(7, rows=16, each=2, streams=7),
     8: Layout(8, rows=8, each=2, streams=4),
 }

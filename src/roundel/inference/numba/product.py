@@ -7,6 +7,9 @@ as many of them as sums of 32 bits have room for. For many inputs weights are de
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import numba
 import numpy as np
 import torch
@@ -29,16 +32,24 @@ _jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False
 
 
 class PackedRows:
-    """A matrix [out, in] of integers, in the words of layout.py.
+    """A matrix [out, in] of integers, or of E2M1 codes at half their scale, in the words of layout.py.
 
     words    uint16 [blocks, streams, columns]
     scales   [blocks, groups, rows of a block], uint16 / int16 / uint32 as `ops.numba.stored` reads them
     zeros    uint8, like scales, or empty
+    e2m1     whether codes are indices of that table, and mean twice its values
     group    columns that share a scale, a multiple of 16
     """
 
     def __init__(
-        self, words: np.ndarray, scales: np.ndarray, zeros: np.ndarray, bits: int, shape: tuple[int, int], group: int
+        self,
+        words: np.ndarray,
+        scales: np.ndarray,
+        zeros: np.ndarray,
+        bits: int,
+        e2m1: bool,
+        shape: tuple[int, int],
+        group: int,
     ) -> None:
         self.shape = shape
         self.blocks: int = words.shape[0]
@@ -46,7 +57,8 @@ class PackedRows:
         self.rows: int = scales.shape[2]
         numbers = (words.reshape(-1), scales.reshape(-1), zeros.reshape(-1))
         self._spans = _spans(self.columns, group, bits)
-        self._stored = (*numbers, bits, self.rows, scales.shape[1], group, words.shape[1], self.columns)
+        self._kind = (bits, e2m1)
+        self._stored = (*numbers, scales.shape[1], group, words.shape[1], self.columns)
 
     def product(self, x: Tensor) -> Tensor:
         """x float32 [inputs, in] -> x @ weight.T, float32 [inputs, out]."""
@@ -54,9 +66,10 @@ class PackedRows:
 
     def decode(self, begin: int, end: int, slab: np.ndarray) -> None:
         """The weights of blocks begin .. end, into float32 [their rows, columns]."""
+        run = _decode(*self._kind)
 
         def share(first: int, last: int) -> None:
-            _decode(*self._stored, begin + first, begin + last, slab[first * self.rows :].reshape(-1))
+            run(*self._stored, begin + first, begin + last, slab[first * self.rows :].reshape(-1))
 
         share_rows(share, end - begin, self._block_weights)
 
@@ -67,8 +80,8 @@ class PackedRows:
         units = np.zeros(inputs * len(self._spans) + LANES, np.float32)
         sums = np.zeros(len(units), np.int32)
         _round_inputs(entering, entering.view(np.int32), self._spans, batch, whole, units, sums)
-        flat = (self._spans, whole.reshape(-1), units, sums, batch)
-        share_rows(lambda begin, end: _product(*self._stored, *flat, begin, end, out), self.blocks, self._block_weights)
+        flat, run = (self._spans, whole.reshape(-1), units, sums), _product(*self._kind, batch)
+        share_rows(lambda begin, end: run(*self._stored, *flat, begin, end, out), self.blocks, self._block_weights)
         return torch.from_numpy(out)[: len(x), : self.shape[0]]
 
     @property
@@ -181,70 +194,55 @@ def _round_inputs(x, bits, spans, batch, whole, units, sums):  # type: ignore[no
             units[place], sums[place] = unit, total
 
 
-@_jit
-def _widen(stored, at, rows, out):  # type: ignore[no-untyped-def]
-    if rows == 8:
-        widen(stored, at, out, 8)
-    else:
-        widen(stored, at, out, 16)
+@cache
+def _product(bits: int, e2m1: bool, batch: int) -> Callable[..., None]:
+    """The loop over blocks for one kind of codes, compiled when it is first needed."""
+    rows, middle = LAYOUTS[bits].rows, 0 if e2m1 else 1 << (bits - 1)
+
+    def run(w, scales, zeros, groups, group, streams, columns, spans, x, units, sums, begin, end, out):  # type: ignore[no-untyped-def]
+        scale, zero = np.zeros(rows + 8, np.float32), np.full(rows + 8, middle, np.int32)
+        total = np.empty(rows * batch, np.float32)
+        count = spans.shape[0]
+        for block in range(begin, end):
+            for each in range(0, out.shape[0], batch):
+                total[:] = 0
+                for span in range(count):
+                    first, steps, part = spans[span, 0], spans[span, 1], (block * groups + spans[span, 2]) * rows
+                    widen(scales, part, scale, rows)
+                    if zeros.size:
+                        widen(zeros, part, zero, rows)
+                    at, xa = block * streams * columns + first, each * columns + first
+                    place = each * count + span * batch
+                    add_span(
+                        w, at, columns, steps, x, xa, columns, sums, units, place, scale, zero, total, bits, e2m1, batch
+                    )
+                for row in range(rows):
+                    for other in range(batch):
+                        out[each + other, block * rows + row] = total[row * batch + other]
+
+    compiled: Callable[..., None] = _jit(run)
+    return compiled
 
 
-@_jit
-def _product(  # type: ignore[no-untyped-def]
-    w, scales, zeros, bits, rows, groups, group, streams, columns, spans, x, units, sums, batch, begin, end, out
-):
-    scale, zero = np.zeros(rows + 8, np.float32), np.full(rows + 8, 1 << (bits - 1), np.int32)
-    total = np.empty(rows * batch, np.float32)
-    count = spans.shape[0]
-    for block in range(begin, end):
-        for each in range(0, out.shape[0], batch):
-            total[:] = 0
-            for span in range(count):
-                first, steps, part = spans[span, 0], spans[span, 1], (block * groups + spans[span, 2]) * rows
-                _widen(scales, part, rows, scale)
+@cache
+def _decode(bits: int, e2m1: bool) -> Callable[..., None]:
+    """Decoding for one kind of codes, compiled when it is first needed."""
+    rows, middle = LAYOUTS[bits].rows, 0 if e2m1 else 1 << (bits - 1)
+
+    def run(words, scales, zeros, groups, group, streams, columns, begin, end, out):  # type: ignore[no-untyped-def]
+        scale, zero = np.empty(rows, np.float32), np.full(rows, middle, np.int32)
+        for block in range(begin, end):
+            for part in range(groups):
+                widen(scales, (block * groups + part) * rows, scale, rows)
                 if zeros.size:
-                    _widen(zeros, part, rows, zero)
-                at, xa, place = block * streams * columns + first, each * columns + first, each * count + span * batch
-                if batch == 1 and bits == 4:
-                    add_span(w, at, columns, steps, x, xa, columns, sums, units, place, scale, zero, total, 4, 1)
-                elif batch == 1 and bits == 8:
-                    add_span(w, at, columns, steps, x, xa, columns, sums, units, place, scale, zero, total, 8, 1)
-                elif batch == 1 and bits == 2:
-                    add_span(w, at, columns, steps, x, xa, columns, sums, units, place, scale, zero, total, 2, 1)
-                elif batch == 1 and bits == 3:
-                    add_span(w, at, columns, steps, x, xa, columns, sums, units, place, scale, zero, total, 3, 1)
-                elif batch == 4 and bits == 4:
-                    add_span(w, at, columns, steps, x, xa, columns, sums, units, place, scale, zero, total, 4, 4)
-                elif batch == 4 and bits == 8:
-                    add_span(w, at, columns, steps, x, xa, columns, sums, units, place, scale, zero, total, 8, 4)
-                elif batch == 4 and bits == 2:
-                    add_span(w, at, columns, steps, x, xa, columns, sums, units, place, scale, zero, total, 2, 4)
-                elif batch == 4 and bits == 3:
-                    add_span(w, at, columns, steps, x, xa, columns, sums, units, place, scale, zero, total, 3, 4)
-            for row in range(rows):
-                for other in range(batch):
-                    out[each + other, block * rows + row] = total[row * batch + other]
+                    widen(zeros, (block * groups + part) * rows, zero, rows)
+                first = part * group
+                steps = (min(first + group, columns) - first) // 16
+                at, to = block * streams * columns + first, (block - begin) * rows * columns + first
+                spread_group(words, at, columns, steps, scale, zero, out, to, columns, bits, e2m1)
 
-
-@_jit
-def _decode(words, scales, zeros, bits, rows, groups, group, streams, columns, begin, end, out):  # type: ignore[no-untyped-def]
-    scale, zero = np.empty(rows, np.float32), np.full(rows, 1 << (bits - 1), np.int32)
-    for block in range(begin, end):
-        for part in range(groups):
-            _widen(scales, (block * groups + part) * rows, rows, scale)
-            if zeros.size:
-                _widen(zeros, (block * groups + part) * rows, rows, zero)
-            first = part * group
-            steps = (min(first + group, columns) - first) // 16
-            at, to = block * streams * columns + first, (block - begin) * rows * columns + first
-            if bits == 4:
-                spread_group(words, at, columns, steps, scale, zero, out, to, columns, 4)
-            elif bits == 8:
-                spread_group(words, at, columns, steps, scale, zero, out, to, columns, 8)
-            elif bits == 2:
-                spread_group(words, at, columns, steps, scale, zero, out, to, columns, 2)
-            else:
-                spread_group(words, at, columns, steps, scale, zero, out, to, columns, 3)
+    compiled: Callable[..., None] = _jit(run)
+    return compiled
 
 
 @_jit
