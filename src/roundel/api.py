@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     Dataset = str | Sequence[str | Sequence[int] | Tensor | Mapping[str, object]]
     Tick = Callable[[str, float, str], None]
 
-__all__ = ["calibration_of", "plan", "quantize", "quantize_checkpoint", "remove_downloads"]
+__all__ = ["calibration_of", "importances_to", "plan", "quantize", "quantize_checkpoint", "remove_downloads"]
 
 
 def plan(model: str | Path, *, recipe: Recipe | None = None, revision: str | None = None, **wishes: object) -> Plan:
@@ -61,6 +61,7 @@ def quantize(
     offload: Offload = "auto",
     trust_remote_code: bool = False,
     tick: Tick | None = None,
+    save_imatrix: str | Path | None = None,
     **wishes: object,
 ) -> Report:
     """Round a model's weights and write a checkpoint.
@@ -72,6 +73,8 @@ def quantize(
     offload   where activations lie between blocks: "ram", "disk", or "auto"
     trust_remote_code   whether code that ships inside the checkpoint may run
     tick      told how far a decoder block is: (name, 0 to 1, text)
+    save_imatrix   a file for the importances that the algorithm computes, as llama.cpp reads them (.dat: its older
+              layout)
     workers   pieces of work done side by side; None: as cores and memory allow. The output does not depend on it
     progress  called after each piece of work
 
@@ -82,12 +85,21 @@ def quantize(
     if dataset is not None:
         wishes["dataset"] = dataset if isinstance(dataset, str) else f"(a list of {len(dataset)})"
     wish = _recipe(recipe, wishes)
+    target = importances_to(wish, save_imatrix)
     work = downloads(out)
     with ExitStack() as held:
         checkpoint = open_checkpoint(_saved(model, held), revision, work)
         held.callback(checkpoint.close)
         calibration = (
-            calibration_of(checkpoint, wish, dataset, offload=offload, trust_remote_code=trust_remote_code, tick=tick)
+            calibration_of(
+                checkpoint,
+                wish,
+                dataset,
+                offload=offload,
+                trust_remote_code=trust_remote_code,
+                tick=tick,
+                importances_to=target,
+            )
             if wish.reads_activations
             else None
         )
@@ -113,6 +125,7 @@ def calibration_of(
     offload: Offload = "auto",
     trust_remote_code: bool = False,
     tick: Tick | None = None,
+    importances_to: Path | None = None,
 ) -> Calibration:
     """The tokens that a recipe's algorithm looks at, read and cut. Raises RecipeError or SourceError."""
     from roundel.calibration.datasets import calibration_tokens
@@ -136,8 +149,24 @@ def calibration_of(
         notes=notes,
         offload=offload,
         trust_remote_code=trust_remote_code,
+        importances_to=importances_to,
         tick=tick or (lambda name, done, text: None),
     )
+
+
+def importances_to(recipe: Recipe, path: str | Path | None) -> Path | None:
+    """Where importances go. Raises RecipeError where a run computes none, or the folder is not there."""
+    if path is None:
+        return None
+    if not recipe.chain.algorithm.measures_importances or recipe.chain.transforms:
+        raise RecipeError(
+            f"{recipe.algorithm} computes no importances of the model as it is, so {path} would hold none. Choose "
+            "--algorithm opt-rtn --imatrix, or signround."
+        )
+    found = Path(path)
+    if not found.resolve().parent.is_dir() or found.is_dir():
+        raise RecipeError(f"{path} cannot be written: name a file in a folder that is there.")
+    return found
 
 
 def _saved(model: str | Path | nn.Module, held: ExitStack) -> str | Path:
@@ -180,7 +209,10 @@ def quantize_checkpoint(
     demoted = {} if overwrite else _demoted(out, recipe)
     seen = (calibration.sha256, calibration.notes) if calibration is not None else None
     made = planned if planned is not None and not demoted else build_plan(checkpoint, recipe, demoted, seen)
+    target = calibration.importances_to if calibration is not None else None
     if not overwrite and is_complete(out, made):
+        if target is not None and not target.exists():
+            raise RecipeError(f"{out} is complete already, and {target} is not there: repeat with --overwrite.")
         return Report(plan=made, folder=out, rows=(), seconds=0.0, already_complete=True)
     files = checkpoint.source.files
     for name in small_files(checkpoint.source) if isinstance(files, LocalFiles) else ():

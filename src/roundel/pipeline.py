@@ -291,7 +291,9 @@ class _Loop:
                 # on the asked grid already: nothing to round
                 return finite(layer, quantized.decode()), Rounded(tensor=quantized)
         weight = finite(layer, _to_device(self.checkpoint.weights(layer), self.device))
-        unit = Unit(name=layer.name, layers=(layer,), weights={layer.tensor: weight})
+        seen = self.plan.importances.of(layer) if self.plan.importances is not None else None
+        known = {} if seen is None else {layer.name: seen}
+        unit = Unit(name=layer.name, layers=(layer,), weights={layer.tensor: weight}, known=known)
         return weight, sound(layer, weight, self.algorithm.quantize(unit)[layer.name], strict=self.plan.recipe.strict)
 
     def _copy(self, copy: Copy, nbytes: list[int]) -> None:

@@ -124,6 +124,11 @@ class Recipe:
         reads = self.reads_activations
         if self.calibrate_all_experts and not reads:
             raise RecipeError(f"calibrate_all_experts has no meaning for {self.algorithm}, which looks at no data.")
+        if self.importance_file is not None and self.chain.transforms:
+            raise RecipeError(
+                f"{self.importance_file} says what enters layers as they are, and {self.chain.transforms[0].name} "
+                "changes that. Drop one of the two, or have importances measured: --imatrix without a file."
+            )
 
     @cached_property
     def chain(self) -> Chain:
@@ -141,6 +146,12 @@ class Recipe:
         own = (scheme_of_entry(pattern, value, default) for pattern, value in self.layer_config.items())
         schemes = (default, self.default_for("expert"), self.default_for("head"), *own)
         return self.chain.reads_activations or any(each.stores_input_scale for each in schemes if each is not None)
+
+    @property
+    def importance_file(self) -> str | None:
+        """The file of importances that stands for data."""
+        named = getattr(self.chain.algorithm, "imatrix", None)
+        return named if isinstance(named, str) else None
 
     @property
     def label(self) -> str:

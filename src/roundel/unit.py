@@ -17,7 +17,19 @@ from roundel.tensor import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Activations", "Call", "Decodable", "Layer", "Piece", "Space", "Stored", "Stream", "Unit", "Writer"]
+__all__ = [
+    "Activations",
+    "Call",
+    "Decodable",
+    "Inputs",
+    "Layer",
+    "Piece",
+    "Space",
+    "Stored",
+    "Stream",
+    "Unit",
+    "Writer",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +236,14 @@ class Activations(Protocol):
         """Tell whoever watches how far the unit is (0 to 1) and what the loss is. Raises Interrupted to stop."""
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What entered a layer: the mean square of each channel [in] float32, and over how many tokens; None: unknown."""
+
+    mean_square: Tensor
+    tokens: int | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """One call of a module inside a unit, caught: positional and named arguments as they were."""
@@ -244,6 +264,7 @@ class Unit:
                  routers), in float32
     spaces       where a transform may act, proven on this unit
     activations  None unless an algorithm or a transform of the plan reads them
+    known        what is known of layers' inputs without looking: layer name -> mean squares, from a file
     """
 
     name: str
@@ -251,6 +272,7 @@ class Unit:
     weights: Mapping[str, Tensor]
     spaces: tuple[Space, ...] = ()
     activations: Activations | None = None
+    known: Mapping[str, Inputs] = field(default_factory=dict)
 
     def weight(self, layer: Layer) -> Tensor:
         """A layer's matrix [out, in] in float32."""

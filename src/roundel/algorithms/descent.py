@@ -60,6 +60,7 @@ def learn(unit: Unit, how: SignRound) -> dict[str, Rounded]:
             error=best,
             baseline=baseline,
             tokens=inputs[layer.name].tokens if layer.name in inputs else 0,
+            inputs=inputs.get(layer.name),
             fallback=fallbacks[layer.name] or (None if learned else PLAIN_WON),
         )
         for layer in unit.layers

@@ -86,6 +86,10 @@ class SignRound(Algorithm):
         return True
 
     @property
+    def measures_importances(self) -> bool:
+        return True
+
+    @property
     def reads_float_stream(self) -> bool:
         return True
 
