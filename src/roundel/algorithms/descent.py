@@ -83,7 +83,8 @@ def _begin(
     plainly: Mapping[str, QuantizedTensor],
 ) -> Learned:
     start = plainly[layer.name]
-    few = layer.scheme.bits <= 2 and not layer.scheme.weight.symmetric
+    grid = layer.scheme.weight
+    few = layer.scheme.bits <= 2 and not grid.symmetric and grid.rule != "ggml"
     if how.start == "search" or (how.start == "auto" and not few):
         importance = inputs[layer.name].mean_square if layer.name in inputs else None
         start = search(unit.weight(layer), layer.scheme.weight, importance, torch.get_num_threads()).tensor

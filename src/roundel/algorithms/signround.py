@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from roundel.algorithms.algorithm import Algorithm, Rounded
+from roundel.algorithms.algorithm import Algorithm, Rounded, misfit
 from roundel.errors import RecipeError
 from roundel.unit import Layer, Unit
 
@@ -34,7 +34,7 @@ class SignRound(Algorithm):
     schedule    how step sizes fall to 0: linear or cosine
     optimizer   sign (signed gradient descent) or adam (AdamW without decay)
     start       where learning starts: search (scales that minimize the error of each group, weighted by its inputs),
-                rtn (plain rounding), or auto: rtn on asymmetric grids of 2 bits, else search
+                rtn (plain rounding), or auto: rtn on asymmetric grids of 2 bits but ggml's, else search
     tune_range  whether range factors are learned too
     quantized_inputs   whether a unit's inputs come from the rounded units before it; the target never does
     keep_best   whether the best of several states is kept, by the error on a fixed set of samples; else the last
@@ -110,9 +110,10 @@ class SignRound(Algorithm):
 
     def refuse(self, layer: Layer) -> str | None:
         grid = layer.scheme.weight
-        if grid.block[0] != 1 or not (grid.is_plain_integer or grid.is_mx):
-            return f"signround learns integers and MX floats, not {layer.scheme.name}"
-        return None
+        blocks = grid.rule == "ggml" and grid.element.is_integer and grid.element.values is None
+        if grid.block[0] != 1 or not (grid.is_plain_integer or grid.is_mx or blocks):
+            return f"signround learns integers, MX floats and ggml's types of even steps, not {layer.scheme.name}"
+        return misfit(layer)
 
     def rates(self, layer: Layer) -> tuple[float, float]:
         """The first step sizes of a layer's shifts and of its range factors; the latter is 0 where ranges stay."""
