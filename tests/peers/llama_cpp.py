@@ -53,13 +53,13 @@ class Parameters(ctypes.Structure):
     )
 
 
-def quantize(path: str, out: str, importance: str, *file_types: str) -> None:
+def quantize(path: str, out: str, importance: str, *file_types: str, threads: int = 1) -> None:
     library = ctypes.CDLL(str(LIBRARY))
     library.llama_model_quantize_default_params.restype = Parameters
     library.llama_model_quantize.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(Parameters)]
     for file_type in file_types:
         parameters = library.llama_model_quantize_default_params()
-        parameters.nthread, parameters.ftype = 1, int(file_type)
+        parameters.nthread, parameters.ftype = threads, int(file_type)
         if importance != "none":
             parameters.imatrix = ones(path) if importance == "ones" else told(importance)
         code = library.llama_model_quantize(path.encode(), out.format(file_type).encode(), ctypes.byref(parameters))
