@@ -68,3 +68,16 @@ def test_rows_do_not_know_each_other(name: str) -> None:
     whole = search(weight, grid, importance, threads=2).tensor.decode()
     parts = [search(weight[i : i + 100], grid, importance).tensor.decode() for i in (0, 100, 200)]
     assert torch.equal(whole, torch.cat(parts))
+
+
+@pytest.mark.parametrize("name", [n for n in BLOCK_GRIDS if BLOCK_GRIDS[n].element.values is None])
+def test_the_kernel_is_the_definition(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = BLOCK_GRIDS[name]
+    drawn = torch.randn(7, 768, generator=torch.Generator().manual_seed(4)) * 0.03
+    drawn[1, :256], drawn[2, 32:64], drawn[3] = 0.0, 0.5, drawn[3] * 1e5
+    for importance in (None, importance_of(768)):
+        monkeypatch.delenv("ROUNDEL_REFERENCE", raising=False)
+        fast = search(drawn, grid, importance).tensor
+        monkeypatch.setenv("ROUNDEL_REFERENCE", "1")
+        slow = search(drawn, grid, importance).tensor
+        assert torch.equal(BLOCK_TYPES[name].pack(fast), BLOCK_TYPES[name].pack(slow))

@@ -10,18 +10,20 @@ here levels, the shared numbers and the codes are fitted to each other, in turn:
 
 What counts is  sum importance * (weight - decoded)^2; ggml weighs large weights up beyond that. A step is taken where
 it lowers this for its super-block, and at the end both are judged in float64 as they are stored: no super-block ends
-worse than ggml's. Any device; float32.
+worse than ggml's. Any device; float32, sums from left to right. `ops/numba/block_tuning.py` holds the faster spelling.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from roundel.ops.block_search import nearest_in, over
+from roundel.ops import use_kernels
+from roundel.ops.block_search import nearest_in, over, running_sum
 from roundel.ops.encode import encode_blocks
 from roundel.scheme import Grid
 from roundel.tensor import QuantizedTensor, code_values
@@ -81,7 +83,7 @@ class _Problem:
         grounds = numbers.grounds
         if grounds is not None:
             rest.sub_(grounds)
-        return rest.square_().mul_(self.counted).sum(0).view(-1, self.blocks)
+        return running_sum(rest.square_().mul_(self.counted).T).view(-1, self.blocks)
 
     def moved(self, numbers: _Numbers) -> _Numbers:
         """Each block's levels moved by at most one, for the least error of the block."""
@@ -122,7 +124,7 @@ class _Problem:
         counted = self.counted * spread
 
         def total(terms: Tensor) -> Tensor:
-            return terms.sum(0).view(supers, -1).sum(-1)
+            return running_sum(running_sum(terms.T).view(supers, -1))
 
         square, product = total(counted * spread), total(counted * self.x)
         if numbers.low_levels is None:
@@ -169,27 +171,67 @@ def _tuned(weight: Tensor, start: QuantizedTensor, counted: Tensor) -> Quantized
     n = grid.block[1]
     numbers = _numbers(start)
     problem = _Problem(_columns(weight, n), _columns(counted.expand(out, width), n), grid, numbers.levels.shape[1])
-    least = problem.errors(numbers).sum(-1)
+    factors = _factors(grid)
+    if use_kernels() and weight.device.type == "cpu" and problem.table is None and weight.numel():
+        numbers = _tuned_by_kernel(weight, counted, problem, numbers, factors)
+    else:
+        numbers = _tuned_numbers(problem, numbers, factors)
+    return better_of(weight, start, _tensor(problem, numbers, grid, (out, width)), counted)
+
+
+def _factors(grid: Grid) -> list[tuple[float, float]]:
+    """By what the shared step and ground are multiplied, trial by trial."""
+    if not isinstance(grid.scale, Grid):
+        return [(factor, 1.0) for factor in (WIDE_FACTORS if grid.offset is None else ())]
+    grounds = FACTORS if grid.offset is not None else ()
+    return [*((factor, 1.0) for factor in FACTORS), *((1.0, factor) for factor in grounds)]
+
+
+def _tuned_numbers(problem: _Problem, numbers: _Numbers, factors: Sequence[tuple[float, float]]) -> _Numbers:
+    least = running_sum(problem.errors(numbers))
 
     def offer(tried: _Numbers) -> None:
         nonlocal numbers, least
-        error = problem.errors(tried).sum(-1)
+        error = running_sum(problem.errors(tried))
         better = error < least
         least, numbers = torch.where(better, error, least), _chosen(better, tried, numbers)
 
     begun = numbers
-    if problem.levels is None:
-        trials = [(factor, 1.0) for factor in (WIDE_FACTORS if grid.offset is None else ())]
-    else:
-        trials = [(factor, 1.0) for factor in FACTORS]
-        trials += [(1.0, factor) for factor in FACTORS] if begun.ground is not None else []
-    for factor, low_factor in trials:
-        tried = problem.scaled(begun, factor, low_factor)
-        offer(problem.fitted(tried))
+    for factor, low_factor in factors:
+        offer(problem.fitted(problem.scaled(begun, factor, low_factor)))
     for _ in range(ROUNDS):
         offer(problem.moved(numbers))
         offer(problem.fitted(numbers))
-    return better_of(weight, start, _tensor(problem, numbers, grid, (out, width)), counted)
+    return numbers
+
+
+def _tuned_by_kernel(
+    weight: Tensor, counted: Tensor, problem: _Problem, numbers: _Numbers, factors: Sequence[tuple[float, float]]
+) -> _Numbers:
+    """`_tuned_numbers`, the same bits."""
+    import numpy as np
+
+    from roundel.ops.numba.block_tuning import tune
+
+    supers, blocks = numbers.levels.shape
+    grounded = numbers.ground is not None and numbers.low_levels is not None
+    nothing = torch.zeros_like(numbers.step), torch.zeros_like(numbers.levels)
+    ground, low_levels = (numbers.ground, numbers.low_levels) if grounded else nothing
+    assert ground is not None and low_levels is not None
+    spread = [numbers.step[:, None].expand(supers, blocks), numbers.levels]
+    spread += [ground[:, None].expand(supers, blocks), low_levels]
+    given = torch.stack(spread).view(4, -1).contiguous().numpy()
+    ones, zeros = (1.0, 1.0), (0.0, 0.0)
+    bounds = (*(problem.levels or ones), *(problem.low_levels or (ones if grounded else zeros)))
+    element = problem.grid.element
+    rows = weight.contiguous().numpy().reshape(-1, problem.grid.block[1])
+    known = counted.contiguous().numpy()
+    trials = np.array(factors, np.float32).reshape(-1, 2)
+    limits = np.float32(element.lo), np.float32(element.hi)
+    tune(rows, known, given, blocks, *limits, np.array(bounds, np.float32), trials, ROUNDS)
+    step, levels, ground, low_levels = torch.from_numpy(given).view(4, supers, blocks).unbind()
+    found = _Numbers(step[:, 0].contiguous(), levels, None, None)
+    return replace(found, ground=ground[:, 0].contiguous(), low_levels=low_levels) if grounded else found
 
 
 def _columns(values: Tensor, n: int) -> Tensor:
