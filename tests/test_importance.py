@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 
 import roundel
 from models.pico import build
 from roundel.checkpoint import open_checkpoint
+from roundel.cli.options import recipe_from, recipe_options
 from roundel.data.bundled import bundled_model
-from roundel.errors import PlanError, RecipeError
+from roundel.errors import OutputError, PlanError, RecipeError
 from roundel.formats.gguf.block_types import BLOCK_TYPES
-from roundel.importance import open_importances
+from roundel.importance import ImatrixWriter, open_importances
 from roundel.io.gguf import read_gguf, read_tensor
 from roundel.io.imatrix import lay_out_imatrix, read_imatrix
 from roundel.io.safetensors import Shard
@@ -63,8 +67,6 @@ def test_a_file_stands_for_the_data_that_it_was_made_of(ending: str, tmp_path: P
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    import json
-
     found: list[dict[str, Any]] = json.loads((folder / "report.json").read_text())["rows"]
     return found
 
@@ -152,3 +154,41 @@ def test_the_plan_knows_the_file_by_its_content(tmp_path: Path) -> None:
     assert roundel.plan(bundled_model(), **wish).fingerprint == before
     path.write_bytes(path.read_bytes()[:-32] + np.full(8, 32, "<f4").tobytes())
     assert roundel.plan(bundled_model(), **wish).fingerprint != before
+
+
+def test_a_file_that_was_begun_is_continued(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(bundled_model())
+    names = ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj")
+    layers = [checkpoint.matrices[name].layer() for name in names]
+    config, width = checkpoint.source.config, layers[0].shape[1]
+    checkpoint.close()
+    how: dict[str, Any] = {"dataset": "text", "samples": 2, "tokens": 64}
+    path = tmp_path / "own.gguf"
+    killed = ImatrixWriter(path, config, layers, begun=False, **how)
+    killed.put(layers[0], torch.full((width,), 2.0), 128)
+    killed.flush()
+    again = ImatrixWriter(path, config, layers, begun=True, **how)
+    again.put(layers[1], torch.full((width,), 3.0), 128)
+    again.finish()
+    found = read_imatrix(path)
+    for i, mean in enumerate((2.0, 3.0)):
+        assert set(found.of(f"blk.{i}.ffn_up.weight", width).mean_square.tolist()) == {mean}
+    path.unlink()
+    with pytest.raises(OutputError, match="is gone"):
+        ImatrixWriter(path, config, layers, begun=True, **how)
+
+
+def test_the_switch_takes_a_file_or_none(tmp_path: Path) -> None:
+    file = file_of_bundled(tmp_path)
+    for words, meant in ((["--imatrix", str(file)], str(file)), (["--imatrix", "--bits", "4"], True)):
+        taken: dict[str, Any] = {}
+
+        @click.command()
+        @recipe_options
+        def command(into: dict[str, Any] = taken, **options: Any) -> None:
+            into["recipe"] = recipe_from(options)
+
+        done = CliRunner().invoke(command, ["--algorithm", "opt-rtn", *words], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        assert taken["recipe"].chain.algorithm.imatrix == meant
+        assert taken["recipe"].reads_activations == (meant is True)
