@@ -16,6 +16,7 @@ from typing import ClassVar
 
 from roundel.algorithms.algorithm import Algorithm, Rounded, misfit
 from roundel.errors import RecipeError
+from roundel.scheme import Grid
 from roundel.unit import Layer, Unit
 
 __all__ = ["SignRound"]
@@ -35,7 +36,7 @@ class SignRound(Algorithm):
     optimizer   sign (signed gradient descent) or adam (AdamW without decay)
     start       where learning starts: search (scales that minimize the error of each group, weighted by its inputs),
                 rtn (plain rounding), or auto: rtn on asymmetric grids of 2 bits but ggml's, else search
-    tune_range  whether range factors are learned too
+    tune_range  whether range factors are learned too; never on GGUF's K types
     quantized_inputs   whether a unit's inputs come from the rounded units before it; the target never does
     keep_best   whether the best of several states is kept, by the error on a fixed set of samples; else the last
     batch_size  samples of a step: twice as many take twice the time and are no better (docs/algorithms.md)
@@ -116,10 +117,16 @@ class SignRound(Algorithm):
         return misfit(layer)
 
     def rates(self, layer: Layer) -> tuple[float, float]:
-        """The first step sizes of a layer's shifts and of its range factors; the latter is 0 where ranges stay."""
+        """The first step sizes of a layer's shifts and of its range factors; the latter is 0 where ranges stay.
+
+        They stay on ggml's types whose scales are levels: these are too coarse for steps as small as would help, and
+        moving them doubles the divergence (docs/benchmarks.md).
+        """
         few = self.iters >= 1000 and layer.scheme.bits <= 3
         rate = self.lr or (2.0 if few else 1.0) / max(self.iters, 1)
-        return rate, (self.minmax_lr or rate) if self.tune_range else 0.0
+        grid = layer.scheme.weight
+        stays = not self.tune_range or (grid.rule == "ggml" and isinstance(grid.scale, Grid))
+        return rate, 0.0 if stays else self.minmax_lr or rate
 
     def quantize(self, unit: Unit) -> dict[str, Rounded]:
         from roundel.algorithms.descent import learn
