@@ -34,6 +34,7 @@ __all__ = [
     "calibration_of",
     "conversion_recipe",
     "convert",
+    "importances_to",
     "plan",
     "quantize",
     "quantize_checkpoint",
@@ -69,6 +70,7 @@ def quantize(
     offload: Offload = "auto",
     trust_remote_code: bool = False,
     tick: Tick | None = None,
+    save_imatrix: str | Path | None = None,
     **wishes: object,
 ) -> Report:
     """Round a model's weights and write a checkpoint.
@@ -80,6 +82,8 @@ def quantize(
     offload   where activations lie between blocks: "ram", "disk", or "auto"
     trust_remote_code   whether code that ships inside the checkpoint may run
     tick      told how far a decoder block is: (name, 0 to 1, text)
+    save_imatrix   a file for the importances that the algorithm computes, as llama.cpp reads them (.dat: its older
+              layout)
     workers   pieces of work done side by side; None: as cores and memory allow. The output does not depend on it
     progress  called after each piece of work
 
@@ -90,12 +94,21 @@ def quantize(
     if dataset is not None:
         wishes["dataset"] = dataset if isinstance(dataset, str) else f"(a list of {len(dataset)})"
     wish = _recipe(recipe, wishes)
+    target = importances_to(wish, save_imatrix)
     work = downloads(out)
     with ExitStack() as held:
         checkpoint = open_checkpoint(_saved(model, held), revision, work)
         held.callback(checkpoint.close)
         calibration = (
-            calibration_of(checkpoint, wish, dataset, offload=offload, trust_remote_code=trust_remote_code, tick=tick)
+            calibration_of(
+                checkpoint,
+                wish,
+                dataset,
+                offload=offload,
+                trust_remote_code=trust_remote_code,
+                tick=tick,
+                importances_to=target,
+            )
             if wish.reads_activations
             else None
         )
@@ -162,6 +175,7 @@ def calibration_of(
     offload: Offload = "auto",
     trust_remote_code: bool = False,
     tick: Tick | None = None,
+    importances_to: Path | None = None,
 ) -> Calibration:
     """The tokens that a recipe's algorithm looks at, read and cut. Raises RecipeError or SourceError."""
     from roundel.calibration.datasets import calibration_tokens
@@ -186,6 +200,7 @@ def calibration_of(
         notes=notes,
         offload=offload,
         trust_remote_code=trust_remote_code,
+        importances_to=importances_to,
         tick=tick or (lambda name, done, text: None),
     )
 
@@ -201,6 +216,21 @@ def _check_ids(tokens: Tensor, checkpoint: Checkpoint) -> None:
             f"The dataset holds token {highest}, and {embedding} of {checkpoint.source.name} has rows for 0 to "
             f"{rows - 1}. Give text, or the ids of this model's own tokenizer."
         )
+
+
+def importances_to(recipe: Recipe, path: str | Path | None) -> Path | None:
+    """Where importances go. Raises RecipeError where a run computes none, or the folder is not there."""
+    if path is None:
+        return None
+    if not recipe.chain.algorithm.measures_importances or recipe.chain.transforms:
+        raise RecipeError(
+            f"{recipe.algorithm} computes no importances of the model as it is, so {path} would hold none. Choose "
+            "--algorithm opt-rtn --imatrix, or signround."
+        )
+    found = Path(path)
+    if not found.resolve().parent.is_dir() or found.is_dir():
+        raise RecipeError(f"{path} cannot be written: name a file in a folder that is there.")
+    return found
 
 
 def _saved(model: str | Path | nn.Module, held: ExitStack) -> str | Path:
@@ -243,7 +273,10 @@ def quantize_checkpoint(
     demoted = {} if overwrite else _demoted(out, recipe)
     seen = (calibration.sha256, calibration.notes) if calibration is not None else None
     made = planned if planned is not None and not demoted else build_plan(checkpoint, recipe, demoted, seen)
+    target = calibration.importances_to if calibration is not None else None
     if not overwrite and is_complete(out, made):
+        if target is not None and not target.exists():
+            raise RecipeError(f"{out} is complete already, and {target} is not there: repeat with --overwrite.")
         return Report(plan=made, folder=out, rows=(), seconds=0.0, already_complete=True)
     files = checkpoint.source.files
     for name in small_files(checkpoint.source) if isinstance(files, LocalFiles) else ():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from roundel.checkpoint import Checkpoint
 from roundel.errors import NumericsError, PlanError
+from roundel.importance import ImatrixWriter
 from roundel.interruption import Interruption
 from roundel.io.journal import Journal
 from roundel.io.safetensors import Shard
@@ -48,6 +49,7 @@ class Calibration:
     sha256    of the tokens: part of what the plan is known by
     notes     what the user should know of them
     offload   where activations lie between blocks: "ram", "disk", or "auto", in memory while they fit in half of it
+    importances_to   a file for the importances that the algorithm computes
     tick      told how far a unit is (0 to 1), and its loss as text
     """
 
@@ -56,6 +58,7 @@ class Calibration:
     notes: tuple[str, ...] = ()
     offload: Offload = "auto"
     trust_remote_code: bool = False
+    importances_to: Path | None = None
     tick: Callable[[str, float, str], None] = field(default=lambda name, done, text: None)
 
 
@@ -84,6 +87,7 @@ class Units:
         self.calibration, self.device, self.progress = calibration, device, progress
         self.recipe, self.chain, self.free_memory = plan.recipe, plan.recipe.chain, free_memory
         self.samples, self.tokens = calibration.tokens.shape
+        self.importances: ImatrixWriter | None = None
 
     def run(self, interruption: Interruption) -> None:
         """Do those that the journal does not have, in order.
@@ -93,9 +97,21 @@ class Units:
         """
         units = [work for work in self.plan.works if work.kind == "unit"]
         todo = [work for work in units if work.name not in self.journal.finished]
+        if self.calibration.importances_to is not None:
+            self.importances = ImatrixWriter(
+                self.calibration.importances_to,
+                self.config,
+                [layer for work in units for layer in work.layers],
+                dataset=self.recipe.dataset,
+                samples=int(self.samples),
+                tokens=int(self.tokens),
+                begun=len(todo) < len(units),
+            )
         if todo:
             self._prepare()
             self._go(units, todo, interruption)
+        if self.importances is not None:
+            self.importances.finish()
 
     def _prepare(self) -> None:
         import torch
@@ -188,6 +204,10 @@ class Units:
         unit = replace(unit, reach=reaches(unit.layers, unit.weights))
         rounded = with_input_scales(unit, self.chain.algorithm.quantize(unit))
         give_back()
+        for layer in work.layers:
+            entered = rounded[layer.name].inputs
+            if self.importances is not None and entered is not None and entered.tokens:
+                self.importances.put(layer, entered.mean_square, entered.tokens)
         row = self._write(work, unit, weights, rounded, notes, self._cached(work, block, unit, streams["quantized"]))
         seconds = time.perf_counter() - started
         if not is_last:
@@ -273,7 +293,11 @@ class Units:
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         inside = work.blocks if self.chain.transforms and block is not self.skeleton.tail else ()
         spaces = tuple(s for name in inside for s in spaces_of(self.checkpoint.family, name, shapes, self.config))
-        return Unit(name=work.name, layers=work.layers, weights=weights, spaces=spaces, activations=entering)
+        file = self.plan.importances
+        known = {layer.name: told for layer in work.layers if file is not None and (told := file.of(layer)) is not None}
+        return Unit(
+            name=work.name, layers=work.layers, weights=weights, spaces=spaces, activations=entering, known=known
+        )
 
     @property
     def config(self) -> Mapping[str, object]:
@@ -333,6 +357,8 @@ class Units:
         for by_tensor in self.shards:
             for shard in {id(s): s for s in by_tensor.values()}.values():
                 shard.flush()
+        if self.importances is not None:
+            self.importances.flush()
         self.journal.commit([row.to_dict()])
         for shard_name in work.shards:
             if not any(shard_name in w.shards for w in self.plan.works if w.name not in self.journal.finished):

@@ -321,7 +321,9 @@ class _Loop:
                 return finite(layer, moved.decode()), Rounded(tensor=moved)  # nothing to round
         weight = finite(layer, _to_device(self.checkpoint.weights(layer), self.device))
         reach = {layer.name: max(map(self._largest, beside))} if beside else {}
-        unit = Unit(name=layer.name, layers=(layer,), weights={layer.tensor: weight}, reach=reach)
+        seen = self.plan.importances.of(layer) if self.plan.importances is not None else None
+        known = {} if seen is None else {layer.name: seen}
+        unit = Unit(name=layer.name, layers=(layer,), weights={layer.tensor: weight}, reach=reach, known=known)
         return weight, sound(layer, weight, self.algorithm.quantize(unit)[layer.name], strict=self.plan.recipe.strict)
 
     def _largest(self, layer: Layer) -> float:

@@ -23,6 +23,7 @@ from roundel.families import text_config
 from roundel.formats import Contents, Format, Model, format_named
 from roundel.formats.format import CACHE_PARTS
 from roundel.fusion import fuses, slab_rows
+from roundel.importance import Importances, open_importances
 from roundel.io.safetensors import ShardLayout, stacked
 from roundel.matrices import sharing
 from roundel.notes import notes_of
@@ -109,6 +110,7 @@ class Plan:
     origins      layer name -> where its scheme was decided
     kept         matrices that stay, each with its reason
     outputs      one for each format
+    importances  what a file says of layers' inputs, where the recipe names one
     notes        fallbacks and facts the user should know; an error under `strict` where they are fallbacks
     """
 
@@ -126,6 +128,7 @@ class Plan:
     source_bytes: int
     demoted: Mapping[str, str] = field(default_factory=dict)
     calibration: str | None = None
+    importances: Importances | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -146,6 +149,7 @@ class Plan:
             **{f"recipe.{k}": v for k, v in self.recipe.to_dict().items()},
             "demoted": dict(self.demoted),
             **({"calibration": self.calibration} if self.calibration else {}),
+            **({"importances": self.importances.sha256} if self.importances else {}),
         }
 
     @property
@@ -262,13 +266,17 @@ def build_plan(
             f"--quant-lm-head is asked for and {checkpoint.source.name} has no {checkpoint.family.head}. Drop the "
             f"option."
         )
+    shapes = {matrix.name: matrix.shape for matrix in matrices.values()}
+    importances = None
+    if recipe.importance_file is not None:
+        importances = open_importances(Path(recipe.importance_file), checkpoint.source.config, shapes)
     named = [format_named(name) for name in recipe.formats]
     model = Model(
         config=checkpoint.source.config,
         folder=Path() if all(format.copies for format in named) else checkpoint.source.small_folder(),
         name=checkpoint.source.name,
-        matrices={matrix.name: matrix.shape for matrix in matrices.values()},
-        importance=recipe.options.get("imatrix") is True,
+        matrices=shapes,
+        importance=bool(getattr(recipe.chain.algorithm, "imatrix", None)),
     )
     formats = [format.for_model(model) for format in named]
     if recipe.conversion is not None:
@@ -333,6 +341,7 @@ def build_plan(
         source_bytes=sum(s.nbytes for s in checkpoint.source.tensors.values()),
         demoted=dict(demoted),
         calibration=seen[0] if seen else None,
+        importances=importances,
         notes=(
             *(seen[1] if seen else ()),
             *notes_of(checkpoint, layers, matrices, demoted, untied),

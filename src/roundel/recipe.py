@@ -161,6 +161,11 @@ class Recipe:
         reads = self.reads_activations
         if self.calibrate_all_experts and not reads:
             raise RecipeError(f"calibrate_all_experts has no meaning for {self.algorithm}, which looks at no data.")
+        if self.importance_file is not None and self.chain.transforms:
+            raise RecipeError(
+                f"{self.importance_file} says what enters layers as they are, and {self.chain.transforms[0].name} "
+                "changes that. Drop one of the two, or have importances measured: --imatrix without a file."
+            )
 
     @cached_property
     def chain(self) -> Chain:
@@ -181,6 +186,12 @@ class Recipe:
         schemes = (default, self.default_for("expert"), self.default_for("head"), *own)
         stores = self.kv_cache is not None or any(each.stores_input_scale for each in schemes if each is not None)
         return self.chain.reads_activations or stores
+
+    @property
+    def importance_file(self) -> str | None:
+        """The file of importances that stands for data."""
+        named = getattr(self.chain.algorithm, "imatrix", None)
+        return named if isinstance(named, str) else None
 
     @property
     def label(self) -> str:

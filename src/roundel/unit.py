@@ -18,7 +18,19 @@ from roundel.tensor import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Activations", "Call", "Decodable", "Layer", "Piece", "Space", "Stored", "Stream", "Unit", "Writer"]
+__all__ = [
+    "Activations",
+    "Call",
+    "Decodable",
+    "Inputs",
+    "Layer",
+    "Piece",
+    "Space",
+    "Stored",
+    "Stream",
+    "Unit",
+    "Writer",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +239,14 @@ class Activations(Protocol):
         """Tell whoever watches how far the unit is (0 to 1) and what the loss is. Raises Interrupted to stop."""
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What entered a layer: the mean square of each channel [in] float32, and over how many tokens; None: unknown."""
+
+    mean_square: Tensor
+    tokens: int | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """One call of a module inside a unit, caught: positional and named arguments as they were."""
@@ -249,6 +269,7 @@ class Unit:
     activations  None unless an algorithm or a transform of the plan reads them
     reach        layer name -> the largest magnitude that the scale of its whole matrix has to cover, where runtimes ask
                  several matrices for one such scale (NVFP4); other layers are not in it
+    known        what is known of layers' inputs without looking: layer name -> mean squares, from a file
     """
 
     name: str
@@ -257,6 +278,7 @@ class Unit:
     spaces: tuple[Space, ...] = ()
     activations: Activations | None = None
     reach: Mapping[str, float] = field(default_factory=dict)
+    known: Mapping[str, Inputs] = field(default_factory=dict)
 
     def weight(self, layer: Layer) -> Tensor:
         """A layer's matrix [out, in] in float32."""

@@ -336,6 +336,13 @@ def test_values_that_make_no_sense(fields: dict[str, object]) -> None:
         SignRound(**fields)  # type: ignore[arg-type]
 
 
+def test_levels_of_super_blocks_stay() -> None:
+    layer = replace(make_unit("W4A16G32").layers[0], scheme=Scheme.parse("GGUF:Q4_0"))
+    assert SignRound(iters=50).rates(layer) == (0.02, 0.02)
+    levelled = replace(layer, scheme=Scheme.parse("GGUF:Q4_K"))
+    assert SignRound(iters=50).rates(levelled) == (0.02, 0.0)
+
+
 def test_grids_out_of_reach_are_refused() -> None:
     layer = make_unit("W4A16G32").layers[0]
     tile = replace(layer.scheme, weight=replace(layer.scheme.weight, block=(128, 128)))

@@ -2,7 +2,8 @@
 
 llama_cpp.py convert FOLDER OUT.gguf TYPE      convert_hf_to_gguf.py; TYPE is f32, f16, bf16, q8_0 or auto
 llama_cpp.py quantize IN OUT IMPORTANCE TYPE …  llama_model_quantize, for each number of a file type, to OUT with its {}
-                                               as that number; IMPORTANCE is "none", or "ones" for a matrix of ones
+                                               as that number; IMPORTANCE is "none", "ones" for a matrix of ones, or an
+                                               importance-matrix file in GGUF
 llama_cpp.py see FILE.gguf …                   what is in files, as JSON
 
 A tokenizer that the converter does not know is called "gpt-2": it would refuse the tokenizers of small test models.
@@ -52,15 +53,15 @@ class Parameters(ctypes.Structure):
     )
 
 
-def quantize(path: str, out: str, importance: str, *file_types: str) -> None:
+def quantize(path: str, out: str, importance: str, *file_types: str, threads: int = 1) -> None:
     library = ctypes.CDLL(str(LIBRARY))
     library.llama_model_quantize_default_params.restype = Parameters
     library.llama_model_quantize.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(Parameters)]
     for file_type in file_types:
         parameters = library.llama_model_quantize_default_params()
-        parameters.nthread, parameters.ftype = 1, int(file_type)
-        if importance == "ones":
-            parameters.imatrix = ones(path)
+        parameters.nthread, parameters.ftype = threads, int(file_type)
+        if importance != "none":
+            parameters.imatrix = ones(path) if importance == "ones" else told(importance)
         code = library.llama_model_quantize(path.encode(), out.format(file_type).encode(), ctypes.byref(parameters))
         print(json.dumps({"file_type": int(file_type), "failed": code}))
 
@@ -74,6 +75,26 @@ def ones(path: str) -> ctypes.Array:
         shape = [int(axis) for axis in tensor.shape]
         size = shape[0] * (shape[2] if len(shape) > 2 else 1)
         entries.append(Importance(tensor.name.encode(), (ctypes.c_float * size)(*[1.0] * size), size))
+    return (Importance * (len(entries) + 1))(*entries)
+
+
+def told(path: str) -> ctypes.Array:
+    """What llama-quantize makes of a file of importances: means, and ones where there was no token."""
+    import gguf
+    import numpy as np
+
+    reader = gguf.GGUFReader(path)
+    kind = reader.fields["general.type"].contents()
+    assert kind == "imatrix" and "imatrix.chunk_count" in reader.fields, kind
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    entries = []
+    for name in (name.removesuffix(".in_sum2") for name in tensors if name.endswith(".in_sum2")):
+        sums, counts = tensors[f"{name}.in_sum2"].data, tensors[f"{name}.counts"].data.reshape(-1, 1)
+        assert sums.shape[0] == counts.shape[0], name
+        values = (
+            np.where(counts > 0, sums / np.maximum(counts, np.float32(1)), np.float32(1)).astype(np.float32).ravel()
+        )
+        entries.append(Importance(name.encode(), (ctypes.c_float * len(values))(*values), len(values)))
     return (Importance * (len(entries) + 1))(*entries)
 
 

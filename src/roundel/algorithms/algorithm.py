@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from roundel.tensor import QuantizedTensor
-from roundel.unit import Layer, Unit
+from roundel.unit import Inputs, Layer, Unit
 
 __all__ = ["Algorithm", "Rounded", "misfit"]
 
@@ -20,6 +20,7 @@ class Rounded:
     tokens     tokens that entered the layer; None where no data was looked at
     fallback   why plain rounding, or another way than the algorithm's, was taken; None where it was not
     note       another fact worth a line of the report
+    inputs     what entered the layer, where that was measured
     """
 
     tensor: QuantizedTensor
@@ -28,6 +29,7 @@ class Rounded:
     tokens: int | None = None
     fallback: str | None = None
     note: str | None = None
+    inputs: Inputs | None = None
 
 
 class Algorithm(Protocol):
@@ -44,6 +46,11 @@ class Algorithm(Protocol):
     @property
     def reads_activations(self) -> bool:
         """False for all algorithms and transforms of a plan: no model is ever built."""
+
+    @property
+    def measures_importances(self) -> bool:
+        """Whether `Rounded.inputs` says what entered the layers, so that `--save-imatrix` has something to save."""
+        return False
 
     @property
     def reads_float_stream(self) -> bool:

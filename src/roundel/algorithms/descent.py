@@ -61,6 +61,7 @@ def learn(unit: Unit, how: SignRound) -> dict[str, Rounded]:
             error=best,
             baseline=baseline,
             tokens=inputs[layer.name].tokens if layer.name in inputs else 0,
+            inputs=inputs.get(layer.name),
             fallback=fallbacks[layer.name] or (None if learned else PLAIN_WON),
         )
         for layer in unit.layers
@@ -90,12 +91,12 @@ def _begin(
     inputs: Mapping[str, Inputs],
     plainly: Mapping[str, QuantizedTensor],
 ) -> Learned:
-    start, weight = plainly[layer.name], unit.weights[layer.tensor]
-    few = layer.scheme.bits <= 2
-    if how.start == "search" or (how.start == "auto" and not (few and not layer.scheme.weight.symmetric)):
+    start, weight, grid = plainly[layer.name], unit.weights[layer.tensor], layer.scheme.weight
+    few = layer.scheme.bits <= 2 and grid.rule != "ggml"
+    if how.start == "search" or (how.start == "auto" and not (few and not grid.symmetric)):
         importance = inputs[layer.name].mean_square if layer.name in inputs else None
-        start = search(weight, layer.scheme.weight, importance, torch.get_num_threads()).tensor
-        if few and layer.scheme.weight.is_plain_integer:
+        start = search(unit.weight(layer), grid, importance, torch.get_num_threads()).tensor
+        if few and grid.is_plain_integer:
             start = unbiased(weight, start, importance)
     return begin(weight.contiguous(), start, narrow=how.scale_dtype == "bfloat16")
 

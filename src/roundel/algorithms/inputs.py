@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from roundel.unit import Stream, Unit
+from roundel.unit import Inputs, Stream, Unit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Inputs", "mean_squares"]
+__all__ = ["NOT_IN_FILE", "Inputs", "mean_squares"]
 
-
-@dataclass(frozen=True)
-class Inputs:
-    """What entered a layer: the mean square of each channel [in] over its tokens, float32."""
-
-    mean_square: Tensor
-    tokens: int
+NOT_IN_FILE = "the file of importances does not have it"
 
 
 def mean_squares(unit: Unit, stream: Stream) -> Mapping[str, Inputs]:

@@ -3,7 +3,8 @@
 The search is `ops.search`. Without data, all weights of a block count alike. With `imatrix` each counts as much as the
 mean square of the input it meets: sum_j E[x_j^2] (w_j - decoded_j)^2 is the expected squared error of an output, if
 inputs do not go together. Inputs are taken from the quantized stream: they are what the rounded layer will meet, and
-the one stream that a plan has anyway. What correlated inputs would allow (GPTQ) is not used here.
+the one stream that a plan has anyway; or from a file of llama.cpp, which needs no data. What correlated inputs would
+allow (GPTQ) is not used here.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from roundel.algorithms.algorithm import Algorithm, Rounded, misfit
-from roundel.algorithms.inputs import Inputs, mean_squares
+from roundel.algorithms.inputs import NOT_IN_FILE, mean_squares
 from roundel.errors import RecipeError
 from roundel.scheme import Grid
-from roundel.unit import Layer, Unit
+from roundel.unit import Inputs, Layer, Unit
 
 __all__ = ["OptRtn"]
 
@@ -26,7 +27,8 @@ FLOOR = 1e-6  # of the mean: the least importance of a channel, for one that was
 class OptRtn(Algorithm):
     """Rounding to nearest with searched scales.
 
-    imatrix      weights are counted by the mean square of the inputs they meet, which needs data
+    imatrix      weights are counted by the mean square of the inputs they meet: measured on data, or as they stand in
+                 the file of llama.cpp that is named
     unbiased     scales are then widened until the rounded weights are as long as the weights (`ops.unbiased`): single
                  weights err a little more and outputs no longer shrink, which pays at 2 and 3 bits
     min_tokens   with imatrix: a layer that saw fewer is searched as without
@@ -36,7 +38,7 @@ class OptRtn(Algorithm):
     summary: ClassVar[str] = "round to nearest, scales searched for least error; no data needed, a minute"
     paper: ClassVar[str] = "the search of llama.cpp's make_qx_quants and auto-round's optimized RTN, made nearly exact"
 
-    imatrix: bool = False
+    imatrix: bool | str = False
     unbiased: bool = False
     min_tokens: int = 64
 
@@ -46,7 +48,11 @@ class OptRtn(Algorithm):
 
     @property
     def reads_activations(self) -> bool:
-        return self.imatrix
+        return self.imatrix is True
+
+    @property
+    def measures_importances(self) -> bool:
+        return self.reads_activations
 
     def refuse(self, layer: Layer) -> str | None:
         grid = layer.scheme.weight
@@ -63,9 +69,10 @@ class OptRtn(Algorithm):
     def quantize(self, unit: Unit) -> dict[str, Rounded]:
         import torch
 
-        inputs = mean_squares(unit, "quantized") if self.imatrix else {}
+        measured = self.reads_activations
+        inputs = mean_squares(unit, "quantized") if measured else unit.known
         # A unit with inputs is alone; units without are handed to as many workers as there are cores.
-        threads = torch.get_num_threads() if self.imatrix else 1
+        threads = torch.get_num_threads() if measured else 1
         return {layer.name: self._one(unit, layer, inputs.get(layer.name), threads) for layer in unit.layers}
 
     def _one(self, unit: Unit, layer: Layer, inputs: Inputs | None, threads: int) -> Rounded:
@@ -75,8 +82,12 @@ class OptRtn(Algorithm):
 
         importance, fallback = None, None
         tokens = inputs.tokens if inputs is not None else 0
-        if inputs is not None and tokens >= self.min_tokens:
-            importance = inputs.mean_square.clamp(min=FLOOR * float(inputs.mean_square.mean()))
+        if inputs is not None and (tokens is None or tokens >= self.min_tokens):
+            importance = inputs.mean_square.clamp(min=FLOOR * float(inputs.mean_square.mean())).to(
+                unit.weights[layer.tensor].device
+            )
+        elif inputs is None and isinstance(self.imatrix, str):
+            fallback = f"{NOT_IN_FILE}: searched without importances"
         elif self.imatrix:
             seen = f"{tokens} tokens reached it, fewer than {self.min_tokens}" if tokens else "no token reached it"
             fallback = f"{seen}: searched without their weight"
@@ -94,4 +105,5 @@ class OptRtn(Algorithm):
             baseline=found.baseline,
             tokens=tokens if self.imatrix else None,
             fallback=fallback,
+            inputs=inputs if self.reads_activations else None,
         )

@@ -14,8 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from roundel.algorithms.algorithm import Algorithm, Rounded
+from roundel.algorithms.algorithm import Algorithm, Rounded, misfit
 from roundel.errors import RecipeError
+from roundel.scheme import Grid
 from roundel.unit import Layer, Unit
 
 __all__ = ["SignRound"]
@@ -40,8 +41,8 @@ class SignRound(Algorithm):
     optimizer   sign (signed gradient descent) or adam (AdamW without decay)
     start       where learning starts: search (scales that minimize the error of each group, weighted by its inputs; of
                 2 bits, then widened as by opt-rtn's unbiased), rtn (plain rounding), or auto: rtn on asymmetric grids
-                of 2 bits, else search
-    tune_range  whether range factors are learned too
+                of 2 bits but ggml's, else search
+    tune_range  whether range factors are learned too; never on GGUF's K types
     scale_dtype   scales of integers are numbers of float16, in which files hold them; or bfloat16: of both, for readers
                 that round them to a bfloat16 model's dtype (transformers and vLLM with compressed-tensors)
     quantized_inputs   whether a unit's inputs come from the rounded units before it; the target never does
@@ -95,6 +96,10 @@ class SignRound(Algorithm):
         return True
 
     @property
+    def measures_importances(self) -> bool:
+        return True
+
+    @property
     def reads_float_stream(self) -> bool:
         return True
 
@@ -115,15 +120,22 @@ class SignRound(Algorithm):
 
     def refuse(self, layer: Layer) -> str | None:
         grid = layer.scheme.weight
-        if grid.block[0] != 1 or not (grid.is_plain_integer or grid.is_mx):
-            return f"signround learns integers and MX floats, not {layer.scheme.name}"
-        return None
+        blocks = grid.rule == "ggml" and grid.element.is_integer and grid.element.values is None
+        if grid.block[0] != 1 or not (grid.is_plain_integer or grid.is_mx or blocks):
+            return f"signround learns integers, MX floats and ggml's types of even steps, not {layer.scheme.name}"
+        return misfit(layer)
 
     def rates(self, layer: Layer) -> tuple[float, float]:
-        """The first step sizes of a layer's shifts and of its range factors; the latter is 0 where ranges stay."""
+        """The first step sizes of a layer's shifts and of its range factors; the latter is 0 where ranges stay.
+
+        They stay on ggml's types whose scales are levels: these are too coarse for steps as small as would help, and
+        moving them doubles the divergence (docs/benchmarks.md).
+        """
         few = self.iters >= 1000 and layer.scheme.bits <= 3
         rate = self.lr or (2.0 if few else 1.0) / max(self.iters, 1)
-        return rate, (self.minmax_lr or rate) if self.tune_range else 0.0
+        grid = layer.scheme.weight
+        stays = not self.tune_range or (grid.rule == "ggml" and isinstance(grid.scale, Grid))
+        return rate, 0.0 if stays else self.minmax_lr or rate
 
     def quantize(self, unit: Unit) -> dict[str, Rounded]:
         from roundel.algorithms.descent import learn

@@ -102,16 +102,12 @@ def _hyperparameters() -> list[Callable[[Command], Command]]:
         says = "; ".join(
             f"{'/'.join(owners)}: {text} [default: {default}]" for (default, text), owners in _told(option).items()
         )
+        if option.kinds == {"bool", "str"}:  # a switch that may name a file
+            shape: dict[str, Any] = {"metavar": "[FILE]", "is_flag": False, "flag_value": "true"}
+        else:
+            shape = {"metavar": None if option.kinds == {"bool"} else "|".join(sorted(option.kinds)).upper()}
         declared = f"--{flag}/--no-{flag}" if option.kinds == {"bool"} else f"--{flag}"
-        made.append(
-            click.option(
-                declared,
-                _PREFIX + name,
-                default=None,
-                metavar=None if option.kinds == {"bool"} else "|".join(sorted(option.kinds)).upper(),
-                help=says,
-            )
-        )
+        made.append(click.option(declared, _PREFIX + name, default=None, help=says, **shape))
     return made
 
 

@@ -26,6 +26,13 @@ __all__ = ["Bar", "default_folder", "quantize"]
     show_default=True,
     help="Where activations lie between blocks.",
 )
+@click.option(
+    "--save-imatrix",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Keep the importances that opt-rtn --imatrix or signround computes, as llama.cpp reads them; FILE.dat is its "
+    "older layout.",
+)
 @click.option("--trust-remote-code", is_flag=True, help="Let code that ships inside the checkpoint run.")
 def quantize(
     model: str,
@@ -33,6 +40,7 @@ def quantize(
     overwrite: bool,
     offload: Any,
     trust_remote_code: bool,
+    save_imatrix: Path | None,
     revision: str | None,
     device: str,
     workers: int | None,
@@ -53,10 +61,18 @@ def quantize(
       roundel quantize ./model ./out --algorithm gptq --dataset mytext.txt --nsamples 128
       roundel quantize ./model ./out --algorithm awq,signround --iters 200 --bits 3
       roundel quantize ./model ./out --recipe light --dataset bundled
+      roundel quantize ./model ./out --format gguf:q4_k_m --algorithm opt-rtn --imatrix imatrix.gguf
     """
     from rich.markup import escape
 
-    from roundel.api import calibration_of, check_device, downloads, quantize_checkpoint, remove_downloads
+    from roundel.api import (
+        calibration_of,
+        check_device,
+        downloads,
+        importances_to,
+        quantize_checkpoint,
+        remove_downloads,
+    )
     from roundel.checkpoint import open_checkpoint
     from roundel.cli.show import console, print_report
     from roundel.output import is_complete
@@ -65,6 +81,7 @@ def quantize(
 
     check_device(device)
     recipe = recipe_from(options)
+    target = importances_to(recipe, save_imatrix)
     folder = out if out is not None else default_folder(model, recipe.label)
     work = downloads(folder)
     checkpoint = open_checkpoint(model, revision, work)
@@ -73,7 +90,12 @@ def quantize(
         calibration, bar = None, Bar(sum(layer.parameters for layer in plan.layers), len(plan.layers))
         if recipe.reads_activations:
             calibration = calibration_of(
-                checkpoint, recipe, offload=offload, trust_remote_code=trust_remote_code, tick=bar.tick
+                checkpoint,
+                recipe,
+                offload=offload,
+                trust_remote_code=trust_remote_code,
+                tick=bar.tick,
+                importances_to=target,
             )
             bar.tokens = calibration.tokens.numel()
             plan = build_plan(checkpoint, recipe, None, (calibration.sha256, calibration.notes))

@@ -11,6 +11,9 @@ the range of the weights, the range of any start on the grid can be the one that
 
 Steps and codes are counted from the zero point here: they are the values by which the scale is multiplied. For the MX
 floats they are values of the element, and the scale is a power of two; its exponent is rounded straight through too.
+ggml's block types with a minimum decode to  nearest * scale + base,  and the lower factor is the base's. Where scales
+and bases are whole-number levels of what a super-block shares, that stays as the start has it, and the levels follow
+their factors, rounded straight through.
 
 Two ways to step along a gradient: by its sign, as the paper has it, or divided by the root of its running mean square
 (Adam: Kingma and Ba 2014, arXiv 1412.6980, algorithm 1, with a first moment of short memory and no epsilon).
@@ -55,6 +58,7 @@ __all__ = [
 
 LARGEST_SCALE = 65504.0  # of float16
 LARGEST_NARROW = 65280.0  # the largest bfloat16 below it
+LEAST_HALF = 2.0**-24
 # Adam's betas. A first moment of long memory slows what it should steady: see docs/algorithms.md.
 FIRST, SECOND = 0.5, 0.99
 LEAST_SQUARE = 1e-36  # below, float32 has no digits left
@@ -72,9 +76,10 @@ class Learned:
     low      [out, blocks] factor of the lower end of the range; None on symmetric grids, whose range has one end
     high     [out, blocks] factor of the range, or of its upper end; 1 at the start, kept within 0 and LARGEST_FACTOR
     lower, upper   [out, blocks] the range at the start. Symmetric integers: upper is the signed scale itself, and
-             lower is not used. MX: upper is the largest magnitude
+             lower is not used. MX: upper is the largest magnitude. ggml's types: the scale, and the base
     narrow   whether scales of integers are numbers that bfloat16 has too, so that readers who keep them in it lose
              nothing
+    unit, low_unit   [out, blocks] of what scale and base are whole multiples; None where they are float16
     """
 
     weight: Tensor
@@ -85,6 +90,8 @@ class Learned:
     lower: Tensor | None
     upper: Tensor
     narrow: bool = False
+    unit: Tensor | None = None
+    low_unit: Tensor | None = None
 
     @property
     def columns(self) -> int:
@@ -95,10 +102,11 @@ class Learned:
 @dataclass(frozen=True, kw_only=True)
 class Range:
     """What the factors come to: scale [out, blocks] float32 (a float16 or a power of two), and zero likewise, a whole
-    number; 0 on symmetric grids."""
+    number; 0 on symmetric grids; base likewise, what is added after scaling; None: nothing."""
 
     scale: Tensor
     zero: Tensor
+    base: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,12 +145,15 @@ def begin(weight: Tensor, start: QuantizedTensor, narrow: bool = False) -> Learn
     ones = torch.ones_like(scale)
     low: Tensor | None = None
     lower: Tensor | None = None
+    unit, low_unit = _unit(start.scale), _unit(start.offset)
+    if start.offset is not None:
+        low, lower = ones.clone(), plain(start.offset)
     if grid.scale == "E8M0":
         # The weights' largest magnitude, moved to where it would give the exponent that the start has.
         blocks = grouped(weight.float(), grid.block_of(start.shape)[1])
         upper = blocks.abs().amax(-1) * (scale / decode_e8m0(fit_power_of_two(blocks, grid)))
     elif start.zero is None:
-        upper = scale
+        upper = scale if unit is None else torch.where(scale == 0, unit, scale)
     else:
         zero = start.zero.float()
         low, lower, upper = ones.clone(), -zero * scale, (grid.element.hi - zero) * scale
@@ -155,7 +166,18 @@ def begin(weight: Tensor, start: QuantizedTensor, narrow: bool = False) -> Learn
         lower=lower,
         upper=upper,
         narrow=narrow,
+        unit=unit,
+        low_unit=low_unit,
     )
+
+
+def _unit(shared: Tensor | QuantizedTensor | None) -> Tensor | None:
+    """What each block's level is multiplied by, [out, blocks]; the least float16 where a super-block is all zeros."""
+    if not isinstance(shared, QuantizedTensor):
+        return None
+    assert isinstance(shared.scale, Tensor), "two levels of scales"
+    unit = shared.scale.float().abs().clamp(min=LEAST_HALF) * torch.where(shared.scale < 0, -1.0, 1.0)
+    return unit.repeat_interleave(shared.codes.shape[1] // unit.shape[1], 1)
 
 
 def fit_range(learned: Learned) -> Range:
@@ -168,11 +190,32 @@ def fit_range(learned: Learned) -> Range:
     if grid.scale == "E8M0":
         scale = decode_e8m0(fit_power_of_two(high[..., None], grid))
         return Range(scale=scale, zero=torch.zeros_like(scale))
+    if grid.rule == "ggml":
+        return _fit_blocks(learned, high)
     if learned.low is None or learned.lower is None:
         return Range(scale=_stored(high, learned.narrow), zero=torch.zeros_like(high))
     low = learned.lower * learned.low
     scale = _stored((high - low) / grid.element.hi, learned.narrow)
     return Range(scale=scale, zero=torch.round(-low / scale).clamp(grid.lowest_zero, grid.element.hi))
+
+
+def _fit_blocks(learned: Learned, high: Tensor) -> Range:
+    """Scales as float16, or as whole multiples of the unit other than 0; bases as float16, or as such multiples."""
+    grid, zero, base = learned.grid, torch.zeros_like(high), None
+    scale = _stored(high, narrow=False)
+    if learned.unit is not None and isinstance(grid.scale, Grid):
+        element = grid.scale.element
+        levels = torch.round(high / learned.unit).clamp(element.lo, element.hi)
+        scale = (
+            torch.where(levels == 0, torch.where(learned.upper / learned.unit < 0, -1.0, 1.0), levels) * learned.unit
+        )
+    if learned.low is not None and learned.lower is not None:
+        low = learned.lower * learned.low
+        base = low.clamp(-LARGEST_SCALE, LARGEST_SCALE).half().float()
+        if learned.low_unit is not None and isinstance(grid.offset, Grid):
+            element = grid.offset.element
+            base = torch.round(low / learned.low_unit).clamp(element.lo, element.hi) * learned.low_unit
+    return Range(scale=scale, zero=zero, base=base)
 
 
 def round_matrix(learned: Learned, found: Range, out: Tensor | None = None) -> Tensor:
@@ -187,15 +230,16 @@ def round_matrix(learned: Learned, found: Range, out: Tensor | None = None) -> T
 
 def round_matrix_reference(learned: Learned, found: Range) -> Tensor:
     """`round_matrix` in plain torch, on any device."""
-    return _flat(_nearest(_steps(learned, found), learned.grid, found) * found.scale[..., None], learned)
+    rounded = _nearest(_steps(learned, found), learned.grid, found) * found.scale[..., None]
+    return _flat(rounded if found.base is None else rounded + found.base[..., None], learned)
 
 
 def gradients(learned: Learned, found: Range, gradient: Tensor) -> Gradients:
     """From the gradient [out, in] of a loss with respect to the rounded weights.
 
     With inside = 1 where |steps - nearest| <= 1/2 (integers) or |steps| <= largest (MX), else 0:
-    by shift = gradient * scale * inside;  by scale = sum of gradient * (nearest - inside * weight / scale);
-    by zero = sum of -gradient * scale * (1 - inside).
+    by shift = gradient * scale * inside;  by scale = sum of gradient * (nearest - inside * (weight - base) / scale);
+    by zero = sum of -gradient * scale * (1 - inside);  by base = sum of gradient * (1 - inside).
     """
     steps, nearest, inside = _at(learned, found)
     spread = grouped(gradient, learned.columns)
@@ -286,11 +330,26 @@ def finish(learned: Learned) -> QuantizedTensor:
     if grid.scale == "E8M0":
         exponents = (torch.frexp(found.scale).exponent - 1 + 127).to(torch.uint8)
         return QuantizedTensor(grid=grid, codes=codes, scale=exponents.view(torch.float8_e8m0fnu))
+    if grid.rule == "ggml":
+        scale, base = _levels(found.scale, learned.unit, grid.scale), _levels(found.base, learned.low_unit, grid.offset)
+        assert scale is not None
+        return QuantizedTensor(grid=grid, codes=codes, scale=scale, offset=base)
     return QuantizedTensor(
         grid=grid,
         codes=codes,
         scale=found.scale.half(),
         zero=None if grid.symmetric else found.zero.to(torch.uint8),
+    )
+
+
+def _levels(values: Tensor | None, unit: Tensor | None, grid: Grid | str | None) -> Tensor | QuantizedTensor | None:
+    """Scales or bases as they are stored: float16, or levels of what a super-block shares."""
+    if values is None or unit is None or not isinstance(grid, Grid):
+        return None if values is None else values.half()
+    kind = torch.int8 if grid.element.lo < 0 else torch.uint8
+    blocks = grid.block[1]
+    return QuantizedTensor(
+        grid=grid, codes=torch.round(values / unit).to(kind), scale=unit[:, ::blocks].contiguous().half()
     )
 
 
@@ -304,17 +363,23 @@ def _codes(learned: Learned, found: Range) -> Tensor:
 
 def _rows(learned: Learned, part: slice) -> Learned:
     """Some rows; what is learned of them is shared."""
-    low, lower = (None if each is None else each[part] for each in (learned.low, learned.lower))
+    low, lower, unit, low_unit = (
+        None if each is None else each[part] for each in (learned.low, learned.lower, learned.unit, learned.low_unit)
+    )
     weight, shift, high, upper = (each[part] for each in (learned.weight, learned.shift, learned.high, learned.upper))
-    return replace(learned, weight=weight, shift=shift, low=low, high=high, lower=lower, upper=upper)
+    return replace(
+        learned, weight=weight, shift=shift, low=low, high=high, lower=lower, upper=upper, unit=unit, low_unit=low_unit
+    )
 
 
 def _range_rows(found: Range, part: slice) -> Range:
-    return Range(scale=found.scale[part], zero=found.zero[part])
+    return Range(scale=found.scale[part], zero=found.zero[part], base=None if found.base is None else found.base[part])
 
 
 def _by_factors(learned: Learned, found: Range, by_scale: Tensor, clamped: Tensor) -> tuple[Tensor | None, Tensor]:
     """Gradients by low and high, from that by scale and from the sum of gradients where codes are clamped."""
+    if learned.grid.rule == "ggml" and learned.grid.scale != "E8M0":
+        return None if learned.lower is None else clamped * learned.lower, by_scale * learned.upper
     if learned.low is None or learned.lower is None:
         # MX: the scale is proportional to high once the rounding of its exponent is passed straight through.
         is_float = learned.grid.scale == "E8M0"
@@ -327,10 +392,11 @@ def _by_factors(learned: Learned, found: Range, by_scale: Tensor, clamped: Tenso
 
 
 def _steps(learned: Learned, found: Range) -> Tensor:
-    """weight / scale + shift in blocks [out, blocks, columns]."""
-    return grouped(learned.weight.float(), learned.columns) / found.scale[..., None] + grouped(
-        learned.shift, learned.columns
-    )
+    """(weight - base) / scale + shift in blocks [out, blocks, columns]."""
+    weight = grouped(learned.weight.float(), learned.columns)
+    if found.base is not None:
+        weight = weight - found.base[..., None]
+    return weight / found.scale[..., None] + grouped(learned.shift, learned.columns)
 
 
 def _nearest(steps: Tensor, grid: Grid, found: Range) -> Tensor:

@@ -28,8 +28,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from roundel.ops.block_tuning import tune_blocks
 from roundel.ops.decode import decode
-from roundel.ops.encode import encode, encode_blocks, encode_reference, encode_scaled
+from roundel.ops.encode import encode, encode_reference, encode_scaled
 from roundel.ops.fit import SMALLEST_SCALE, grouped
 from roundel.scheme import Grid
 from roundel.tensor import QuantizedTensor, plain
@@ -115,7 +116,7 @@ def search(
 
     weight = weight.detach()
     if grid.rule == "ggml":
-        return _blocks(weight, grid, importance)
+        return _blocks(weight, grid, importance, threads)
     if use_kernels() and weight.device.type == "cpu" and weight.numel():
         from roundel.ops.numba.search import search_tensor
 
@@ -123,10 +124,13 @@ def search(
     return search_reference(weight, grid, importance, reach)
 
 
-def _blocks(weight: Tensor, grid: Grid, importance: Tensor | None) -> Searched:
-    """ggml's block types: its own search, which knows importances; or plain rounding, where that errs less."""
+def _blocks(weight: Tensor, grid: Grid, importance: Tensor | None, threads: int) -> Searched:
+    """ggml's block types: what its own search finds, made better (`block_tuning`); of MXFP4 the exponents."""
     plainly = encode(weight, grid)
-    found = plainly if importance is None else encode_blocks(weight, grid, importance)
+    if grid.scale == "E8M0":
+        found = _floats(weight, plainly, importance)
+    else:
+        found = tune_blocks(weight, grid, importance, threads)
     error, baseline = (squared_error(weight, each, importance) for each in (found, plainly))
     return Searched(tensor=found if error <= baseline else plainly, error=min(error, baseline), baseline=baseline)
 

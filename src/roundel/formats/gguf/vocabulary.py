@@ -99,8 +99,8 @@ def _byte_level(
         kind = model.get("type") if isinstance(model, dict) else None
         raise SourceError(f"tokenizer.json is of the kind {kind}; GGUF files are written of BPE tokenizers only.")
     try:
-        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(files.description))
-    except (Exception,) as error:  # noqa: B013  tokenizers raises nothing more telling
+        tokenizer = tokenizers.Tokenizer.from_buffer(json.dumps(files.description).encode())
+    except ValueError as error:  # from_str would raise nothing more telling than Exception
         raise SourceError(f"tokenizer.json cannot be read: {error}") from error
     tokens = _tokens(tokenizer, settings)
     name, note = pre_tokenizer_of(tokenizer.encode(PROBE).ids, files.description)

@@ -39,14 +39,15 @@ _sums = numba.njit(
 def round_kernel(learned: Learned, found: Range, out: Tensor) -> Tensor:
     """`ops.learned_rounding.round_matrix`."""
     weight = stored_bits(learned.weight)
-    shift, scale, zero, filled = _arrays(learned.shift, found.scale, found.zero, out)
+    shift, scale, zero, base, filled = _arrays(learned.shift, found.scale, found.zero, _base(found), out)
     group, grid = learned.columns, learned.grid
     low, high, mantissa, smallest = _element(grid)
 
     def rows(begin: int, end: int) -> None:
         part = slice(begin, end)
         if grid.element.is_integer:
-            _round_integers(weight[part], shift[part], scale[part], zero[part], group, low, high, filled[part])
+            given = weight[part], shift[part], scale[part], zero[part], base[part]
+            _round_integers(*given, group, low, high, filled[part])
         else:
             _round_floats(weight[part], shift[part], scale[part], group, high, mantissa, smallest, filled[part])
 
@@ -59,12 +60,13 @@ def descend_kernel(
 ) -> tuple[Tensor, Tensor]:
     """Moves `learned.shift`, and its moments, as `ops.learned_rounding.descend` does.
 
-    returns  [out, blocks] sums: of gradient * (nearest - inside * weight / scale), and of gradient * (1 - inside)
+    returns  [out, blocks] sums: of gradient * (nearest - inside * (weight - base) / scale), and of
+             gradient * (1 - inside)
     """
     by_scale, clamped = torch.empty_like(found.scale), torch.empty_like(found.scale)
     none = torch.empty(gradient.shape[0], 0)
     first, second = (none, none) if moments is None else (moments.first, moments.second)
-    written = _arrays(learned.shift, found.scale, found.zero, first, second, by_scale, clamped)
+    written = _arrays(learned.shift, found.scale, found.zero, _base(found), first, second, by_scale, clamped)
     arrays = [gradient.detach().contiguous().numpy(), stored_bits(learned.weight), *written]
     element = _element(learned.grid)
     size = rate if moments is None else rate * adam_correction(step)
@@ -78,18 +80,18 @@ def descend_kernel(
 
 
 @_jit
-def _round_integers(weight, shift, scale, zero, group, low, high, out):  # type: ignore[no-untyped-def]
+def _round_integers(weight, shift, scale, zero, base, group, low, high, out):  # type: ignore[no-untyped-def]
     rows, width = weight.shape
     for row in range(rows):
         for block in range((width + group - 1) // group):
             begin = block * group
             n = min(group, width - begin)
             w, v, filled = weight[row, begin : begin + n], shift[row, begin : begin + n], out[row, begin : begin + n]
-            s = scale[row, block]
+            s, b = scale[row, block], base[row, block]
             lowest, highest = low - zero[row, block], high - zero[row, block]
             for i in range(n):
-                steps = min(max(value_of(w[i]) / s + v[i], lowest), highest)
-                filled[i] = np.rint(steps) * s
+                steps = min(max((value_of(w[i]) - b) / s + v[i], lowest), highest)
+                filled[i] = np.rint(steps) * s + b
 
 
 @_inline
@@ -123,6 +125,7 @@ def _descend(  # type: ignore[no-untyped-def]
     shift,
     scale,
     zero,
+    base,
     first,
     second,
     by_scale,
@@ -145,7 +148,7 @@ def _descend(  # type: ignore[no-untyped-def]
             g, w, v = gradient[row, begin:end], weight[row, begin:end], shift[row, begin:end]
             s, z = scale[row, block], zero[row, block]
             if mantissa == 0:
-                _look_at_integers(g, w, v, s, low - z, high - z, terms, inner)
+                _look_at_integers(g, w, v, s, base[row, block], low - z, high - z, terms, inner)
             else:
                 _look_at_floats(g, w, v, s, high, mantissa, smallest, terms, inner)
             by_scale[row, block], clamped[row, block] = _add(g, terms, inner)
@@ -156,10 +159,10 @@ def _descend(  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _look_at_integers(g, w, v, s, lowest, highest, terms, inner):  # type: ignore[no-untyped-def]
+def _look_at_integers(g, w, v, s, b, lowest, highest, terms, inner):  # type: ignore[no-untyped-def]
     """Of a block: its terms of the gradient by scale, and the gradient where codes are not clamped, else 0."""
     for i in range(len(g)):
-        ratio = value_of(w[i]) / s
+        ratio = (value_of(w[i]) - b) / s
         steps = ratio + v[i]
         nearest = np.rint(min(max(steps, lowest), highest))
         inside = abs(steps - nearest) <= HALF
@@ -209,6 +212,10 @@ def _element(grid: Grid) -> tuple[np.float32, np.float32, np.uint32, np.uint32]:
     mantissa, smallest = (1, 1.0) if grid.element.name == "e2m1" else (3, 2.0**-6)
     bits = np.uint32(mantissa << 23), np.float32(smallest).view(np.uint32)
     return np.float32(grid.element.lo), np.float32(grid.element.hi), *bits
+
+
+def _base(found: Range) -> Tensor:
+    return torch.zeros_like(found.scale) if found.base is None else found.base
 
 
 def _arrays(*tensors: Tensor) -> list[np.ndarray]:
