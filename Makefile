@@ -17,7 +17,7 @@ check: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check src tests benchmarks tools
 	$(VENV)/bin/ruff check src tests benchmarks tools
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,7 +27,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 # The tools that roundel is compared with, each in an environment of its own; never imported by ours.
 peers: $(PEERS)/auto-round/.ready $(PEERS)/gptqmodel/.ready $(PEERS)/llmcompressor/.ready $(PEERS)/hqq/.ready \
-    $(PEERS)/gguf/.ready $(PEERS)/mlx/.ready $(PEERS)/bnb/.ready $(PEERS)/lmeval/.ready $(PEERS)/triton/.ready
+    $(PEERS)/gguf/.ready $(PEERS)/mlx/.ready $(PEERS)/bnb/.ready $(PEERS)/lmeval/.ready $(PEERS)/triton/.ready \
+    $(PEERS)/llama-cpp/.ready
 
 $(PEERS)/auto-round/.ready: constraints.txt
 	$(PYTHON) -m venv $(PEERS)/auto-round
@@ -64,6 +65,21 @@ $(PEERS)/hqq/.ready: constraints.txt
 $(PEERS)/gguf/.ready:
 	$(PYTHON) -m venv $(PEERS)/gguf
 	$(call PIP,$(PEERS)/gguf) xllamacpp==2026.10.11549 gguf==0.19.0 numpy==2.4.6
+	touch $@
+
+# llama.cpp's source, which the llama-cpp-python package carries: its converter, and its quantizer as a library.
+$(PEERS)/llama-cpp/.ready: constraints.txt
+	$(PYTHON) -m venv $(PEERS)/llama-cpp
+	$(call PIP,$(PEERS)/llama-cpp) torch==2.13.0
+	$(call PIP,$(PEERS)/llama-cpp) torch==2.13.0 transformers==5.23.0 sentencepiece==0.2.1 protobuf==7.36.2 \
+	    requests==2.34.2 numpy==2.4.6 pyyaml cmake ninja
+	cd $(PEERS)/llama-cpp && bin/python -m pip download --quiet --no-deps --no-binary :all: llama-cpp-python==0.3.36
+	mkdir -p $(PEERS)/llama-cpp/llama.cpp
+	tar -xzf $(PEERS)/llama-cpp/llama_cpp_python-0.3.36.tar.gz -C $(PEERS)/llama-cpp/llama.cpp --strip-components=3 \
+	    llama_cpp_python-0.3.36/vendor/llama.cpp
+	cd $(PEERS)/llama-cpp && export PATH="$$PWD/bin:$$PATH" && cmake -S llama.cpp -B build -G Ninja \
+	    -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
+	    -DLLAMA_BUILD_SERVER=OFF -DLLAMA_CURL=OFF && cmake --build build --target llama
 	touch $@
 
 $(PEERS)/mlx/.ready: constraints.txt

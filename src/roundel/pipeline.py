@@ -315,7 +315,7 @@ class _Loop:
 
     def _quantize(self, layer: Layer, beside: Sequence[Layer]) -> tuple[Tensor, Rounded]:
         grid = layer.scheme.weight
-        if layer.moves:
+        if layer.moves and not beside:  # what is stacked with others shares their float, whatever it had before
             moved = regrid(self.checkpoint.unpack(layer), grid)
             if not isinstance(moved, str) and (moved.group_index is None or layer.permuted):
                 return finite(layer, moved.decode()), Rounded(tensor=moved)  # nothing to round

@@ -90,10 +90,10 @@ def test_rows_of_broken_blocks_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q6_K", "IQ4_XS"])
-def test_encode_and_search_give_ggmls_rounding(name: str) -> None:
+def test_encode_gives_ggmls_rounding_and_search_a_better_one(name: str) -> None:
     weight, grid = torch.randn(6, 512, generator=torch.Generator().manual_seed(0)) * 0.02, BLOCK_GRIDS[name]
     importance = torch.rand(512, generator=torch.Generator().manual_seed(1)) ** 4
     assert torch.equal(encode(weight, grid).decode(), as_tensor(round_blocks(weight, name), name).decode())
     found = search(weight, grid, importance)
     weighted = as_tensor(round_blocks(weight, name, importance), name)
-    assert found.error == pytest.approx(squared_error(weight, weighted, importance)) and found.error < found.baseline
+    assert found.error < squared_error(weight, weighted, importance) < found.baseline

@@ -138,7 +138,7 @@ def test_reference_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     from roundel.ops import encode as module
 
     called: list[Grid] = []
-    monkeypatch.setattr(module, "encode_reference", lambda w, g: called.append(g))
+    monkeypatch.setattr(module, "encode_reference", lambda w, g, r: called.append(g))
     monkeypatch.setenv("ROUNDEL_REFERENCE", "1")
     module.encode(torch.zeros(2, 32), PRESETS["MXFP4"].weight)
     assert called

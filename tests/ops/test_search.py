@@ -321,7 +321,7 @@ def test_reference_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     from roundel.ops import search as module
 
     called: list[Grid] = []
-    monkeypatch.setattr(module, "search_reference", lambda w, g, i: called.append(g))
+    monkeypatch.setattr(module, "search_reference", lambda w, g, i, r: called.append(g))
     monkeypatch.setenv("ROUNDEL_REFERENCE", "1")
     module.search(torch.zeros(2, 32), PRESETS["MXFP4"].weight)
     assert called

@@ -26,9 +26,10 @@ def serve(
     """Serve the checkpoint at PATH (a folder or a Hub id, rounded or not) over HTTP, until Ctrl-C.
 
     It speaks OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, streamed or whole. One request is
-    answered at a time, others wait. Give a tool the base URL that is printed, and any key:
+    answered at a time, others wait. Give a tool the base URL that is printed, and any key.
 
     \b
+    Examples:
       roundel serve ./out
       export OPENAI_BASE_URL=http://127.0.0.1:8000/v1 OPENAI_API_KEY=none
       curl $OPENAI_BASE_URL/completions -H 'Content-Type: application/json' \\
