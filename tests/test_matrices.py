@@ -56,6 +56,9 @@ def test_stacked_matrices_share_their_float(model_type: str, algorithm: str, tmp
     found, checkpoint = floats(tmp_path / "out"), open_checkpoint(source)
     for name, divisor in found.items():
         together = [other for other in stacked_with(name) or (name,) if other in found]
+        if checkpoint.matrices[name].stored.scheme is not None and together == [name]:
+            assert divisor == 1.0  # MXFP4 moves over as it is
+            continue
         highest = max(float(checkpoint.decode(other).abs().max()) for other in together)
         assert divisor == pytest.approx(448 * 6 / highest, rel=1e-6), name
         assert {found[other] for other in together} == {divisor}

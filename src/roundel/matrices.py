@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Demoted", "as_bytes", "errors_of", "finite", "largest", "reaches", "sharing", "sound"]
 
-COMPARED = 1 << 20  # weights compared at a time
-
 
 class Demoted(NumericsError):
     """Layers that cannot be rounded. The plan must be made anew with them kept: layer name -> why."""
@@ -37,12 +35,11 @@ class Demoted(NumericsError):
 
 def finite(layer: Layer, weight: Tensor) -> Tensor:
     """The weight itself. Raises NumericsError naming its first value that is not finite."""
-    import torch
+    from roundel.ops.losses import first_not_finite
 
-    is_finite = torch.isfinite(weight)
-    if not bool(is_finite.all()):
-        row, column = (int(i) for i in (~is_finite).nonzero()[0])
-        raise not_finite(layer, row, column, float(weight[row, column]))
+    bad = first_not_finite(weight)
+    if bad is not None:
+        raise not_finite(layer, *bad, float(weight[bad]))
     return weight
 
 
@@ -92,13 +89,9 @@ def sound(layer: Layer, weight: Tensor, rounded: Rounded, *, strict: bool) -> Ro
 
 def errors_of(weight: Tensor, decoded: Tensor) -> Errors:
     """What a matrix lost, in float64 sums. decoded: what readers of the (first) format make of it."""
-    signal, noise = 0.0, 0.0
-    rows = max(1, COMPARED // weight.shape[1])
-    for start in range(0, weight.shape[0], rows):  # a slab at a time
-        exact = weight[start : start + rows].double()
-        signal += float(exact.square().sum())
-        noise += float(exact.sub_(decoded[start : start + rows]).square_().sum())
-    return Errors(signal, noise)
+    from roundel.ops.losses import squares
+
+    return Errors(*squares(weight, decoded))
 
 
 def as_bytes(tensor: Tensor, dtype: str | None = None) -> memoryview:
