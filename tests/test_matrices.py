@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 import roundel
 from models.pico import build
 from models.raw import hashes, plant
 from roundel.checkpoint import open_checkpoint
 from roundel.families.stacked import stacked_with
-from roundel.matrices import largest
+from roundel.matrices import errors_in, errors_of, largest
+from roundel.ops.encode import encode
+from roundel.scheme import PRESETS
+from roundel.tensor import QuantizedTensor
 from victim import Victims
 
 NVFP4: dict[str, Any] = {"scheme": "NVFP4A16", "format": "llm_compressor"}
@@ -46,6 +50,26 @@ def test_names_of_those_that_are_stacked() -> None:
 def test_the_largest_of_finite_weights() -> None:
     assert largest(torch.tensor([[1.0, -3.0], [float("nan"), float("inf")]])) == 3.0
     assert largest(torch.empty(0, 4)) == 0.0
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_errors_are_those_of_the_whole_matrix(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(37, 512, generator=torch.Generator().manual_seed(0))
+    rounded = encode(weight, PRESETS[name].weight)
+    whole = errors_of(weight, rounded.decode())
+    monkeypatch.setattr("roundel.matrices.COMPARED", 2048)
+    shapes: list[tuple[int, int]] = []
+
+    def decode(part: QuantizedTensor) -> Tensor:
+        shapes.append(part.shape)
+        return part.decode()
+
+    found = errors_in(weight, rounded, decode)
+    assert (found.signal, found.noise) == pytest.approx((whole.signal, whole.noise), rel=1e-12)
+    assert len(shapes) == (10 if rounded.has_rows else 1)
+    assert rounded.has_rows == (PRESETS[name].weight.block[0] == 1 and not name.endswith("_DQ"))
+    if rounded.has_rows:
+        assert torch.equal(rounded.rows(torch.tensor([30, 2])).decode(), rounded.decode()[[30, 2]])
 
 
 @pytest.mark.parametrize("algorithm", ["rtn", "opt-rtn"])

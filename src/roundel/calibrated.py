@@ -20,7 +20,7 @@ from roundel.interruption import Interruption
 from roundel.io.journal import Journal
 from roundel.io.safetensors import Shard
 from roundel.io.source import LocalFiles
-from roundel.matrices import Demoted, as_bytes, errors_of, finite, reaches, sound
+from roundel.matrices import Demoted, as_bytes, errors_in, finite, reaches, sound
 from roundel.memory import give_back, peak_memory
 from roundel.output import FRONTIER
 from roundel.planning import Plan, Work, part_of
@@ -320,8 +320,8 @@ class Units:
             for number, output in enumerate(self.plan.outputs):
                 for part, tensor in output.format.pack(layer, result.tensor).items():
                     nbytes[number] += self._put(number, f"{layer.name}.{part}", as_bytes(tensor))
-            decoded = self.plan.outputs[0].format.decode(result.tensor)
-            row = row_of(layer, result, errors_of(weights[layer.tensor], decoded))
+            errors = errors_in(weights[layer.tensor], result.tensor, self.plan.outputs[0].format.decode)
+            row = row_of(layer, result, errors)
             rows.append(replace(row, nbytes=tuple(nbytes)))
         kept = [0] * len(self.shards)
         for number, output in enumerate(self.plan.outputs):

@@ -3,7 +3,7 @@ is it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from roundel.errors import NumericsError
@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from roundel.algorithms import Rounded
+    from roundel.tensor import QuantizedTensor
 
-__all__ = ["Demoted", "as_bytes", "errors_of", "finite", "largest", "reaches", "sharing", "sound"]
+__all__ = ["Demoted", "as_bytes", "errors_in", "errors_of", "finite", "largest", "reaches", "sharing", "sound"]
+
+COMPARED = 1 << 22  # weights decoded at a time
 
 
 class Demoted(NumericsError):
@@ -92,6 +95,19 @@ def errors_of(weight: Tensor, decoded: Tensor) -> Errors:
     from roundel.ops.losses import squares
 
     return Errors(*squares(weight, decoded))
+
+
+def errors_in(weight: Tensor, rounded: QuantizedTensor, decode: Callable[[QuantizedTensor], Tensor]) -> Errors:
+    """`errors_of` what was rounded; `decode` is asked for some rows at a time where that can be."""
+    if not rounded.has_rows:
+        return errors_of(weight, decode(rounded))
+    signal, noise = 0.0, 0.0
+    rows = max(1, COMPARED // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], rows):
+        part = slice(start, start + rows)
+        lost = errors_of(weight[part], decode(rounded.rows(part)))
+        signal, noise = signal + lost.signal, noise + lost.noise
+    return Errors(signal, noise)
 
 
 def as_bytes(tensor: Tensor, dtype: str | None = None) -> memoryview:

@@ -26,7 +26,7 @@ from roundel.fusion import fuses, round_and_pack
 from roundel.interruption import Interruption
 from roundel.io.journal import Journal
 from roundel.io.safetensors import Shard
-from roundel.matrices import Demoted, as_bytes, errors_of, finite, largest, sound
+from roundel.matrices import Demoted, as_bytes, errors_in, errors_of, finite, largest, sound
 from roundel.memory import free_memory
 from roundel.output import clear, finish, is_intact, open_shards
 from roundel.planning import Copy, Plan, Work
@@ -301,7 +301,7 @@ class _Loop:
         rounded = convert_layer(layer, stored, weight, format, algorithm)
         parts = format.pack(layer, rounded.tensor)
         self._put({f"{layer.name}.{part}": as_bytes(tensor) for part, tensor in parts.items()}, nbytes, 0)
-        return converted_row(layer, rounded, errors_of(weight, format.decode(rounded.tensor)))
+        return converted_row(layer, rounded, errors_in(weight, rounded.tensor, format.decode))
 
     def _round(self, layer: Layer, beside: Sequence[Layer], nbytes: list[int]) -> Row:
         """The general way: any source, any algorithm, any device, several formats."""
@@ -310,8 +310,8 @@ class _Loop:
             for number, output in enumerate(self.plan.outputs):
                 parts = output.format.pack(layer, rounded.tensor)
                 self._put({f"{layer.name}.{part}": as_bytes(tensor) for part, tensor in parts.items()}, nbytes, number)
-            decoded = self.plan.outputs[0].format.decode(rounded.tensor)
-            return row_of(layer, rounded, errors_of(weight, decoded), self.outside)
+            errors = errors_in(weight, rounded.tensor, self.plan.outputs[0].format.decode)
+            return row_of(layer, rounded, errors, self.outside)
 
     def _quantize(self, layer: Layer, beside: Sequence[Layer]) -> tuple[Tensor, Rounded]:
         grid = layer.scheme.weight

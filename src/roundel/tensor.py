@@ -107,6 +107,26 @@ class QuantizedTensor:
             weights[part] = values if offset is None else values + spread(offset, self, part)
         return weights
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether blocks are one row high, those of scales too unless they are the whole matrix."""
+        grids = [self.grid, *(g for g in (self.grid.scale, self.grid.offset) if isinstance(g, Grid))]
+        return self.grid.block[0] == 1 and not any(grid.flat or grid.block[0] > 1 for grid in grids)
+
+    def rows(self, part: slice | Tensor) -> QuantizedTensor:
+        """Some rows of a matrix that has_rows."""
+
+        def of(value: Any) -> Any:
+            if not isinstance(value, QuantizedTensor):
+                return None if value is None else value[part]
+            whole = value.grid.block[0] == 0  # one scale for all of them
+            own, base = value.scale if whole else of(value.scale), value.offset if whole else of(value.offset)
+            zero = value.zero if whole else of(value.zero)
+            return replace(value, codes=value.codes[part], scale=own, offset=base, zero=zero)
+
+        parts = {name: of(getattr(self, name)) for name in ("codes", "scale", "zero", "offset")}
+        return replace(self, **parts)
+
     def to(self, device: str) -> QuantizedTensor:
         """The same numbers on a device."""
         if self.codes.device.type == device == "cpu":

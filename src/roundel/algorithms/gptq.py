@@ -251,17 +251,10 @@ def _errors(weight: Tensor, tensor: QuantizedTensor, factors: Factors) -> tuple[
     plainly = encode(exact, tensor.grid)
     size, error, baseline = (
         float(proxy_loss(matrix[:, factors.order].T.contiguous(), factors).sum())
-        for matrix in (exact, exact - _rows(tensor, rows).decode(), exact - plainly.decode())
+        for matrix in (exact, exact - tensor.rows(rows).decode(), exact - plainly.decode())
     )
     size = max(size, 1e-30)  # weights may all be zero
     return error / size, baseline / size
-
-
-def _rows(tensor: QuantizedTensor, rows: Tensor) -> QuantizedTensor:
-    """Some rows of a matrix whose blocks are one row high."""
-    assert not isinstance(tensor.scale, QuantizedTensor)
-    zero = None if tensor.zero is None else tensor.zero[rows]
-    return replace(tensor, codes=tensor.codes[rows], scale=tensor.scale[rows], zero=zero)
 
 
 def _assembled(codes: Tensor, scales: Sequence[Scales], grid: Grid, group_index: Tensor | None) -> QuantizedTensor:
