@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import click
 
-from roundel.cli.running import drawing_options
+from roundel.cli.running import drawing_options, write
+
+if TYPE_CHECKING:
+    from roundel.inference.text import Drawing
 
 __all__ = ["chat"]
 
@@ -13,17 +19,7 @@ __all__ = ["chat"]
 @click.argument("path")
 @click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
 @drawing_options
-def chat(
-    path: str,
-    system: str | None,
-    device: str,
-    backend: str | None,
-    tokens: int,
-    temperature: float | None,
-    top_p: float | None,
-    seed: int | None,
-    trust_remote_code: bool,
-) -> None:
+def chat(system: str | None, drawing: Drawing, load: Callable[[], tuple[Any, Any]]) -> None:
     """Talk with the checkpoint at PATH (a folder or a Hub id, rounded or not) in its own chat template.
 
     An empty line, or the end of the input, ends the conversation.
@@ -32,11 +28,9 @@ def chat(
     Example:
       roundel chat ./out --system "Answer in one sentence."
     """
-    from roundel.cli.running import loaded, write
-    from roundel.inference.text import Drawing, answered
+    from roundel.inference.text import answered
 
-    drawing = Drawing(tokens=tokens, temperature=temperature, top_p=top_p, seed=seed)
-    model, tokenizer = loaded(path, device, backend, trust_remote_code)
+    model, tokenizer = load()
     turns = [] if system is None else [{"role": "system", "content": system}]
     while said := _line():
         turns.append({"role": "user", "content": said})

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import click
 
-from roundel.cli.running import drawing_options
+from roundel.cli.running import drawing_options, write
+
+if TYPE_CHECKING:
+    from roundel.inference.text import Drawing
 
 __all__ = ["generate"]
 
@@ -13,17 +19,7 @@ __all__ = ["generate"]
 @click.argument("path")
 @click.argument("prompt")
 @drawing_options
-def generate(
-    path: str,
-    prompt: str,
-    device: str,
-    backend: str | None,
-    tokens: int,
-    temperature: float | None,
-    top_p: float | None,
-    seed: int | None,
-    trust_remote_code: bool,
-) -> None:
+def generate(prompt: str, drawing: Drawing, load: Callable[[], tuple[Any, Any]]) -> None:
     """Write what the checkpoint at PATH (a folder or a Hub id, rounded or not) makes of PROMPT, as it comes.
 
     \b
@@ -31,11 +27,9 @@ def generate(
       roundel generate ./out "It was a dark night, and"
       roundel generate ./out "The captain said" --temperature 0.7 --seed 1
     """
-    from roundel.cli.running import loaded, write
-    from roundel.inference.text import Drawing, continued
+    from roundel.inference.text import continued
 
-    drawing = Drawing(tokens=tokens, temperature=temperature, top_p=top_p, seed=seed)
-    model, tokenizer = loaded(path, device, backend, trust_remote_code)
+    model, tokenizer = load()
     write(prompt)
     continued(model, tokenizer, prompt, write, drawing)
     write("\n")

@@ -1,20 +1,21 @@
-"""What `roundel generate` and `roundel chat` share: how a checkpoint is loaded, and how its tokens are drawn."""
+"""What `roundel generate`, `roundel chat` and `roundel serve` share: how a checkpoint is loaded, and how its tokens are
+drawn."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any
 
 import click
 
 __all__ = ["drawing_options", "loaded", "write"]
 
-Command = TypeVar("Command", bound=Callable[..., object])
 
-
-def drawing_options(command: Command) -> Command:
-    """The options of both commands."""
+def drawing_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What a command with a `path` needs to write text, given to it as `drawing` and `load`, which returns the
+    model and its tokenizer."""
     options = (
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, xpu."),
         click.option("--backend", help="What multiplies by rounded weights; chosen by itself unless named."),
@@ -26,9 +27,27 @@ def drawing_options(command: Command) -> Command:
         click.option("--seed", type=int, help="For the same text each time."),
         click.option("--trust-remote-code", is_flag=True, help="Run code that ships inside the checkpoint."),
     )
+
+    @wraps(command)
+    def run(
+        path: str,
+        device: str,
+        backend: str | None,
+        tokens: int,
+        temperature: float | None,
+        top_p: float | None,
+        seed: int | None,
+        trust_remote_code: bool,
+        **own: Any,
+    ) -> None:
+        from roundel.inference.text import Drawing
+
+        drawing = Drawing(tokens=tokens, temperature=temperature, top_p=top_p, seed=seed)
+        command(**own, drawing=drawing, load=lambda: loaded(path, device, backend, trust_remote_code))
+
     for option in reversed(options):
-        command = option(command)
-    return command
+        run = option(run)
+    return run
 
 
 def loaded(path: str, device: str, backend: str | None, trust_remote_code: bool) -> tuple[Any, Any]:

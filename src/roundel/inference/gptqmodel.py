@@ -50,8 +50,19 @@ def word_parts(quantized: QuantizedTensor, backend: str) -> tuple[dict[str, Tens
     return pack_words(plain, WORDS), order
 
 
-def filled(made: Any, parts: dict[str, Tensor]) -> Any:
-    """A linear class of GPTQModel with these numbers in it."""
+def filled(linear: Any, layer: Layer, parts: dict[str, Tensor]) -> Any:
+    """A linear class of GPTQModel with these numbers in it, not yet repacked for its kernels."""
+    grid, (out, width) = layer.scheme.weight, layer.shape
+    made = linear(
+        bits=grid.element.bits,
+        group_size=-1 if grid.block_of(layer.shape)[1] == width else grid.block[1],
+        desc_act=False,
+        sym=grid.symmetric,
+        in_features=width,
+        out_features=out,
+        bias=False,
+        pack_dtype=torch.int32,
+    )
     for name, part in parts.items():
         held = getattr(made, name)
         if held.shape != part.shape:

@@ -65,16 +65,5 @@ def exllamav2_module(layer: Layer, parts: dict[str, Tensor]) -> nn.Module:
     """GPTQModel's class with a layer's words in it, not yet handed to its kernels."""
     from gptqmodel.nn_modules.qlinear.exllamav2 import ExllamaV2Linear
 
-    grid, (out, width) = layer.scheme.weight, layer.shape
-    made = ExllamaV2Linear(
-        bits=4,
-        group_size=-1 if grid.block_of(layer.shape)[1] == width else grid.block[1],
-        desc_act=False,
-        sym=grid.symmetric,
-        in_features=width,
-        out_features=out,
-        bias=False,
-        pack_dtype=torch.int32,
-    )
-    module: nn.Module = filled(made, parts)
+    module: nn.Module = filled(ExllamaV2Linear, layer, parts)
     return module

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from roundel.inference.backends.backend import missing
@@ -53,16 +52,5 @@ def marlin_module(layer: Layer, parts: dict[str, Tensor]) -> nn.Module:
     """GPTQModel's class with a layer's words in it, not yet repacked."""
     from gptqmodel.nn_modules.qlinear.marlin import MarlinLinear
 
-    grid, (out, width) = layer.scheme.weight, layer.shape
-    made = MarlinLinear(
-        bits=grid.element.bits,
-        group_size=-1 if grid.block_of(layer.shape)[1] == width else grid.block[1],
-        desc_act=False,
-        sym=True,
-        in_features=width,
-        out_features=out,
-        bias=False,
-        pack_dtype=torch.int32,
-    )
-    module: nn.Module = filled(made, parts)
+    module: nn.Module = filled(MarlinLinear, layer, parts)
     return module

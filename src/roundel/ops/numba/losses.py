@@ -6,10 +6,12 @@ import numba
 import numpy as np
 from torch import Tensor
 
-from roundel.ops.numba.stored import BF16, F32, add_square, value_of
+from roundel.ops.numba.stored import BF16, F16, F32, add_square, value_of
 from roundel.ops.numba.tensors import stored_bits
 
 __all__ = ["first_not_finite_kernel", "squares_kernel"]
+
+EXPONENTS = {BF16: np.uint16(0x7F80), F16: np.uint16(0x7C00), F32: np.uint32(0x7F800000)}  # all ones: not finite
 
 _jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 
@@ -19,9 +21,8 @@ def first_not_finite_kernel(weight: Tensor) -> int:
     if weight.numel() == 0:
         return -1
     bits = stored_bits(weight)
-    if bits.dtype == F32:
-        return int(_first_of_32(bits))
-    return int(_first_of_16(bits.view(np.uint16), np.uint16(0x7F80 if bits.dtype == BF16 else 0x7C00)))
+    exponent = EXPONENTS[bits.dtype.type]
+    return int(_first(bits.view(exponent.dtype), exponent))
 
 
 def squares_kernel(weight: Tensor, decoded: Tensor) -> tuple[float, float]:
@@ -31,30 +32,16 @@ def squares_kernel(weight: Tensor, decoded: Tensor) -> tuple[float, float]:
 
 
 @_jit
-def _first_of_16(bits, exponent):  # type: ignore[no-untyped-def]
+def _first(bits, exponent):  # type: ignore[no-untyped-def]
+    kind = bits.dtype.type
     for row in range(bits.shape[0]):
-        top = np.uint16(0)
+        top = kind(0)
         for column in range(bits.shape[1]):
-            here = np.uint16(bits[row, np.uint64(column)] & exponent)
+            here = kind(bits[row, np.uint64(column)] & exponent)
             top = here if here > top else top
         if top == exponent:
             for column in range(bits.shape[1]):
-                if np.uint16(bits[row, column] & exponent) == exponent:
-                    return row * bits.shape[1] + column
-    return -1
-
-
-@_jit
-def _first_of_32(bits):  # type: ignore[no-untyped-def]
-    exponent = np.uint32(0x7F800000)
-    for row in range(bits.shape[0]):
-        top = np.uint32(0)
-        for column in range(bits.shape[1]):
-            here = np.uint32(bits[row, np.uint64(column)] & exponent)
-            top = here if here > top else top
-        if top == exponent:
-            for column in range(bits.shape[1]):
-                if np.uint32(bits[row, column] & exponent) == exponent:
+                if kind(bits[row, column] & exponent) == exponent:
                     return row * bits.shape[1] + column
     return -1
 
