@@ -14,7 +14,7 @@ from roundel.algorithms.algorithm import Rounded
 from roundel.algorithms.signround import SignRound
 from roundel.errors import RecipeError
 from roundel.ops.encode import encode
-from roundel.scheme import Scheme
+from roundel.scheme import PRESETS, Scheme
 from roundel.tensor import plain
 from roundel.unit import Layer, Stored, Stream, Unit
 
@@ -370,3 +370,10 @@ def test_scales_may_be_numbers_that_bfloat16_has_too(scheme: str, iters: int) ->
     free = SignRound(iters=iters, keep_best=iters > 0).quantize(unit)
     assert not all(torch.equal(s := plain(f.tensor.scale), s.bfloat16().float()) for f in free.values())
     assert error(unit, decoded(unit, narrow)) < 1.2 * error(unit, decoded(unit, free))
+
+
+def test_ggml_has_its_own_scales() -> None:
+    layer = make_unit("W4A16G32").layers[0]
+    blocks = replace(layer, shape=(8, 256), scheme=PRESETS["GGUF:Q4_0"])
+    assert SignRound().refuse(blocks) is None
+    assert "scale_dtype=bfloat16" in str(SignRound(scale_dtype="bfloat16").refuse(blocks))

@@ -123,6 +123,8 @@ class SignRound(Algorithm):
         blocks = grid.rule == "ggml" and grid.element.is_integer and grid.element.values is None
         if grid.block[0] != 1 or not (grid.is_plain_integer or grid.is_mx or blocks):
             return f"signround learns integers, MX floats and ggml's types of even steps, not {layer.scheme.name}"
+        if blocks and self.scale_dtype != "float16":
+            return f"scale_dtype={self.scale_dtype} has no meaning for {layer.scheme.name}, whose scales are ggml's"
         return misfit(layer)
 
     def rates(self, layer: Layer) -> tuple[float, float]:
