@@ -10,8 +10,14 @@ from pathlib import Path
 __all__ = ["forget_peak", "free_memory", "give_back", "peak_memory"]
 
 
-def free_memory() -> int:
-    """Bytes that can be had without pushing others out; 8 GiB where the system does not say."""
+def free_memory(device: str = "cpu") -> int:
+    """Bytes that can be had without pushing others out, on a device as torch names it; 8 GiB where the system does not
+    say."""
+    if device != "cpu":
+        import torch
+
+        found: int = getattr(torch, torch.device(device).type).mem_get_info(device)[0]
+        return found
     free = _line("/proc/meminfo", "MemAvailable:")
     return 8 << 30 if free is None else 1024 * free
 

@@ -19,7 +19,7 @@ from roundel import __version__
 from roundel.checkpoint import Checkpoint, Matrix
 from roundel.choosing import choose, choose_conversions, head_asked, layers_of, settle
 from roundel.errors import PlanError
-from roundel.families import text_config
+from roundel.families import attention_of, text_config
 from roundel.formats import Contents, Format, Model, format_named
 from roundel.formats.format import CACHE_PARTS
 from roundel.fusion import fuses, slab_rows
@@ -194,7 +194,6 @@ class Plan:
         return found
 
 
-_ATTENTION = re.compile(r"(.+)\.(?:k_proj|qkv_proj|query_key_value|Wqkv|c_attn)(?:\.weight)?")
 COPY_BYTES = 8 << 20  # a copy goes from file to file, at most through a buffer of this size
 BASE_PLAIN = 141 << 20  # interpreter, numpy, numba, rich: measured
 BASE_WITH_TORCH = 330 << 20  # the same with torch: measured
@@ -444,7 +443,7 @@ def _with_caches(works: Sequence[Work], formats: Sequence[Format]) -> tuple[Work
             found.append(work)
             continue
         names = [layer.name for layer in (*work.layers, *work.decodes)] + [c.spec.name for c in work.copies]
-        modules = tuple(dict.fromkeys(m[1] for name in names if (m := _ATTENTION.fullmatch(name))))
+        modules = tuple(dict.fromkeys(module for name in names if (module := attention_of(name))))
         if not modules:
             problems.append(
                 f"{work.name} has no keys and values of its own (k_proj and v_proj, or qkv_proj), as with latent "

@@ -166,8 +166,7 @@ class Grid:
     def is_integer_in_groups(self) -> bool:
         """Whether it is integers in groups of a row's columns, under one float scale each, with a zero point that is a
         code, or without."""
-        plain = isinstance(self.scale, str) and self.scale in ("F16", "BF16", "F32") and self.offset is None
-        return self.element.is_integer and plain and self.block[0] == 1 and not self.flat and self.zero == "code"
+        return self.is_integer and self.block[0] == 1 and not self.flat
 
     @property
     def row_columns(self) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 
 from roundel.checkpoint import Checkpoint, Matrix, open_checkpoint
 from roundel.errors import SourceError
-from roundel.fusion import Errors
+from roundel.matrices import errors_of
 from roundel.report import REPORT
 from roundel.tensor import TensorSpec, torch_dtype
 from roundel.unit import Piece
@@ -115,7 +115,7 @@ def _check_layer(
 ) -> Check:
     """A layer: finite, and as near to the source as the run reported. moved: a transform gave it other numbers, whose
     distance from the source's means nothing by itself."""
-    import torch
+    from roundel.ops.losses import first_not_finite
 
     scheme, sqnr = matrix.dtype, None
     if matrix.stored.scheme is not None:
@@ -126,18 +126,15 @@ def _check_layer(
         weight = checkpoint.decode(matrix.name)
     except SourceError as error:
         return Check(name=matrix.name, scheme=scheme, problem=str(error))
-    finite = torch.isfinite(weight)
-    if not bool(finite.all()):
-        row, column = (int(i) for i in (~finite).nonzero()[0])
-        return Check(
-            name=matrix.name, scheme=scheme, problem=f"weight [{row}, {column}] is {float(weight[row, column])}"
-        )
+    at = first_not_finite(weight)
+    if at is not None:
+        return Check(name=matrix.name, scheme=scheme, problem=f"weight [{at[0]}, {at[1]}] is {float(weight[at])}")
     original = origin.weights(matrix) if origin is not None else None
     if isinstance(original, str):
         return Check(name=matrix.name, scheme=scheme, problem=original)
     problem = None
     if original is not None:
-        sqnr = _sqnr(original, weight)
+        sqnr = errors_of(original, weight).sqnr
         if sqnr < WORST_SQNR and not moved:
             problem = f"signal to noise is {sqnr:.2f} dB: further from the source than zeros are"
         elif reported is not None and math.isfinite(reported) and abs(sqnr - reported) > REPORT_TOLERANCE:
@@ -145,21 +142,22 @@ def _check_layer(
     return Check(name=matrix.name, scheme=scheme, sqnr=sqnr, problem=problem)
 
 
-def _sqnr(original: Tensor, weight: Tensor) -> float:
-    signal = float(original.double().square().sum())
-    return Errors(signal, float((original - weight).double().square().sum())).sqnr
-
-
 def _check_kept(checkpoint: Checkpoint, name: str, origin: _Origin | None) -> Check:
     """A tensor that is not packed: finite, and the same numbers as in the source where the source has it as floats that
     this form can hold."""
+    import torch
+
+    from roundel.ops.losses import first_not_finite
+
     spec = checkpoint.source.tensors[name]
     theirs = origin.spec(name) if origin is not None else None
     for start, stop in _slabs(spec.shape, spec.nbytes):
         raw = checkpoint.source.read(Piece(tensor=name, start=start, stop=stop))
-        bad = _first_not_finite(raw, spec.dtype)
+        bad = first_not_finite(torch.from_numpy(raw).view(torch_dtype(spec.dtype)).view(1, -1))
         if bad is not None:
-            return Check(name=name, scheme=spec.dtype, problem=f"value {bad} of rows {start} to {stop} is not finite")
+            return Check(
+                name=name, scheme=spec.dtype, problem=f"value {bad[1]} of rows {start} to {stop} is not finite"
+            )
         if origin is None or theirs is None or theirs.shape != spec.shape:
             continue
         before = origin.source.source.read(Piece(tensor=theirs.name, start=start, stop=stop))
@@ -185,15 +183,6 @@ def _slabs(shape: tuple[int, ...], nbytes: int) -> list[tuple[int, int]]:
     rows = shape[0] if shape else 1
     step = max(1, SLAB_BYTES * rows // max(1, nbytes))
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def _first_not_finite(raw: np.ndarray, dtype: str) -> int | None:
-    """Flat index of the first NaN or infinity among stored floats."""
-    masks = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
-    kind, exponent = masks[dtype]
-    bits = raw.view(kind)
-    found = np.flatnonzero((bits & kind(exponent)) == exponent)
-    return int(found[0]) if len(found) else None
 
 
 def _report(checkpoint: Checkpoint) -> Mapping[str, object]:

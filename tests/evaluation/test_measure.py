@@ -178,7 +178,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path, monkeypatch: pytest.
     other = pico.build("llama", tmp_path / "other", vocab_size=300)
     with pytest.raises(PlanError, match="300 tokens, model 256"):
         measure([model, other], text, window=WINDOW)
-    monkeypatch.setattr(room, "free_memory", lambda: 1 << 20)
+    monkeypatch.setattr(room, "free_memory", lambda device="cpu": 1 << 20)
     with pytest.raises(PlanError, match="of memory to run"):
         measure([model], text, window=WINDOW)
 

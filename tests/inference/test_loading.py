@@ -184,7 +184,7 @@ def test_a_backend_that_cannot(tmp_path: Path) -> None:
 
 def test_too_little_memory_is_known_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = made("llama", tmp_path)
-    monkeypatch.setattr("roundel.inference.room.free_memory", lambda: 1000)
+    monkeypatch.setattr("roundel.inference.room.free_memory", lambda device="cpu": 1000)
     with pytest.raises(BackendError, match=r"out needs .* GB on cpu and 0\.0 GB are free"):
         roundel.load(folder)
 

@@ -6,8 +6,6 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from roundel.calibrated import Offload
 from roundel.errors import OutputError, PlanError
 from roundel.evaluation.subject import Subject
@@ -28,9 +26,7 @@ def frontiers_in_memory(subjects: Sequence[Subject], passage: Passage, offload: 
     Raises PlanError when there is too little memory, OutputError when there is too little disk.
     """
     working, device = working_bytes(subjects, passage), subjects[0].device
-    free = available = free_memory()
-    if device != "cpu":
-        available = torch.cuda.mem_get_info(device)[0]
+    free, available = free_memory(), free_memory(device)
     states = sum(4 * passage.windows.numel() * subject.skeleton.hidden for subject in subjects)
     if working > available:
         raise PlanError(

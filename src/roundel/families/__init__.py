@@ -15,6 +15,7 @@ __all__ = [
     "Family",
     "FusedExperts",
     "Keep",
+    "attention_of",
     "family_of",
     "kept_reason",
     "known_types",
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 _NOT_FAMILIES = {"family", "generic", "spaces", "stacked"}
+_KEYS = re.compile(r"(.+)\.(?:k_proj|qkv_proj|query_key_value|Wqkv|c_attn)(?:\.weight)?")
 _INDEX = re.compile(r"\.\d+\b")
 
 
@@ -48,6 +50,12 @@ def text_config(config: Mapping[str, object]) -> Mapping[str, object]:
         if isinstance(inner, Mapping):
             return inner
     return config
+
+
+def attention_of(name: str) -> str | None:
+    """The attention module that makes keys and values with this layer or tensor; None for any other."""
+    found = _KEYS.fullmatch(name)
+    return found[1] if found else None
 
 
 def kept_reason(module: str, config: Mapping[str, object], family: Family) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
@@ -31,11 +30,7 @@ def needed_bytes(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> int
 def check_room(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> None:
     """Raises BackendError when the model does not fit."""
     needed = needed_bytes(checkpoint, device, dtype)
-    if device == "cpu":
-        free = free_memory()
-    else:
-        module: Any = getattr(torch, torch.device(device).type)
-        free = module.mem_get_info(device)[0]
+    free = free_memory(device)
     if needed > free:
         raise BackendError(
             f"{checkpoint.source.name} needs {needed / 1e9:.1f} GB on {device} and {free / 1e9:.1f} GB are free. Close "
