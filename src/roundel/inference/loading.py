@@ -150,7 +150,7 @@ class _Filling:
         if stored_part == "weight" and matrix is not None and matrix.stored.format != "plain":
             self._put_layer(path, part, matrix)
             return
-        module, value = self.model.get_submodule(path), self.checkpoint.tensor(tensor)
+        module, value = self.model.get_submodule(path), self.checkpoint.mapped(tensor)
         self._check_shape(name, tensor, module, part, value)
         if part == "weight" and self._stays(module, value):
             parameter = nn.Parameter(value.to(self.device), requires_grad=False)
