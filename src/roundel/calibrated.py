@@ -23,7 +23,8 @@ from roundel.io.source import LocalFiles
 from roundel.matrices import Demoted, as_bytes, errors_in, finite, reaches, sound
 from roundel.memory import give_back, peak_memory
 from roundel.output import FRONTIER
-from roundel.planning import Plan, Work, part_of
+from roundel.planning import Plan, Work
+from roundel.planning.room import part_of
 from roundel.report import LOG, Progress, Row, row_of
 from roundel.tensor import TensorSpec
 from roundel.unit import Decodable, Unit

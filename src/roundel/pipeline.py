@@ -30,6 +30,7 @@ from roundel.matrices import Demoted, as_bytes, errors_in, errors_of, finite, la
 from roundel.memory import free_memory
 from roundel.output import clear, finish, is_intact, open_shards
 from roundel.planning import Copy, Plan, Work
+from roundel.planning.room import expected_peak
 from roundel.regrid import regrid
 from roundel.report import Progress, Report, Row, converted_row, decoded_row, row_of
 from roundel.tensor import TensorSpec, torch_dtype
@@ -50,7 +51,7 @@ def default_workers(plan: Plan, device: str = "cpu") -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     free = free_memory() // 2
     workers = max(1, cores if device == "cpu" else 2)
-    while workers > 1 and plan.peak_memory(workers, device) > free:
+    while workers > 1 and expected_peak(plan, workers, device) > free:
         workers -= 1
     return workers
 

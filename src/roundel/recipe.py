@@ -190,7 +190,7 @@ class Recipe:
     @property
     def importance_file(self) -> str | None:
         """The file of importances that stands for data."""
-        named = getattr(self.chain.algorithm, "imatrix", None)
+        named = self.chain.algorithm.imatrix
         return named if isinstance(named, str) else None
 
     @property

@@ -53,6 +53,12 @@ class Algorithm(Protocol):
         return False
 
     @property
+    def imatrix(self) -> bool | str | None:
+        """Importances that weights are counted by: True where it measures them, the path of a file of llama.cpp's where
+        they stand there (`Unit.known`), or none. Declared as a field it is a hyperparameter."""
+        return None
+
+    @property
     def reads_float_stream(self) -> bool:
         """Whether it asks for the streams "float" and "target" beside "quantized"."""
         return False

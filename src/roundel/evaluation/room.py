@@ -12,7 +12,7 @@ from roundel.evaluation.subject import Subject
 from roundel.evaluation.text import Passage
 from roundel.evaluation.travel import slab_bytes
 from roundel.memory import free_memory
-from roundel.planning import PART_TOKENS
+from roundel.planning.room import PART_TOKENS
 
 __all__ = ["frontiers_in_memory", "working_bytes"]
 
