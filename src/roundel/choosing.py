@@ -170,8 +170,8 @@ def _arranged(layer: Layer, permutes: bool, formats: Sequence[Format]) -> Layer:
 def _refusal(reason: str, layers: Sequence[Layer]) -> str:
     first, more = layers[0], len(layers) - 1
     others = f" (and {more} more)" if more else ""
-    smaller = [f for f in FORMATS.values() if f.writes and f.name != "fake"]  # which stores all, and saves nothing
-    storing = [f.name for f in smaller if all(f.refuse(layer) is None for layer in layers)]
+    written = [f for f in FORMATS.values() if f.writes and f.keeps_codes]
+    storing = [f.name for f in written if all(f.refuse(layer) is None for layer in layers)]
     named = " or ".join(filter(None, (", ".join(storing[:-1]), *storing[-1:])))
     remedy = f"Use format {named}, " if storing else "Choose another scheme, "
     return (
