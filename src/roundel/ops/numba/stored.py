@@ -15,6 +15,8 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
+from roundel.ops.numba.compiling import jit
+
 __all__ = [
     "BF16",
     "F16",
@@ -32,15 +34,13 @@ __all__ = [
 BF16, F16, F32 = np.uint16, np.int16, np.uint32  # the dtype under which the kernels take each kind's bits
 INFINITY = np.float32(np.inf)
 
-_jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 
-
-@_jit
+@jit
 def bits_of(value):  # type: ignore[no-untyped-def]
     return np.float32(value).view(np.uint32)
 
 
-@_jit
+@jit
 def float_of(bits):  # type: ignore[no-untyped-def]
     return np.uint32(bits).view(np.float32)
 
@@ -89,7 +89,7 @@ def _ends_compiled(stored, row, begin, count):  # type: ignore[no-untyped-def]
     return found
 
 
-@_jit
+@jit
 def ends_of_blocks(stored, row, group, tops, bottoms):  # type: ignore[no-untyped-def]
     """The ends of all blocks of a row, as bits."""
     width = stored.shape[1]
@@ -109,7 +109,7 @@ def error_of(value, code, scale):  # type: ignore[no-untyped-def]
     return value - code * scale
 
 
-@_jit
+@jit
 def first_infinite(scales):  # type: ignore[no-untyped-def]
     for block in range(len(scales)):
         if abs(scales[block]) == INFINITY:
