@@ -1,4 +1,4 @@
-"""Learned rounding in numba: one pass over the weights forward, one backward. See `ops.learned_rounding`.
+"""`ops.learned_rounding` and `ops.learned_descent` in numba: one pass over the weights forward, one backward.
 
 Both read the weights, the shifts and (backward) the gradient once, and write once; what they need twice they compute
 twice, which costs less than memory. Rows are shared out among as many threads as torch uses; the result does not
@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from roundel.ops.learned_rounding import FIRST, LEAST_SQUARE, SECOND, Learned, Moments, Range, adam_correction
+from roundel.ops.learned_descent import FIRST, LEAST_SQUARE, SECOND, Moments, adam_correction
+from roundel.ops.learned_rounding import Learned, Range
 from roundel.ops.numba.compiling import SETTINGS, jit
 from roundel.ops.numba.rows import share_rows
 from roundel.ops.numba.stored import value_of
@@ -56,7 +57,7 @@ def round_kernel(learned: Learned, found: Range, out: Tensor) -> Tensor:
 def descend_kernel(
     learned: Learned, found: Range, gradient: Tensor, rate: float, moments: Moments | None = None, step: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Moves `learned.shift`, and its moments, as `ops.learned_rounding.descend` does.
+    """Moves `learned.shift`, and its moments, as `ops.learned_descent.descend` does.
 
     returns  [out, blocks] sums: of gradient * (nearest - inside * (weight - base) / scale), and of
              gradient * (1 - inside)
