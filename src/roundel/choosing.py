@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from roundel.checkpoint import Matrix
 from roundel.errors import PlanError, nearest
 from roundel.families.generic import CONV1D
 from roundel.formats import FORMATS, Format
 from roundel.holding import exact_scheme, nearest_scheme, why_not
-from roundel.recipe import Choice, Recipe, matches, scheme_of_entry
+from roundel.recipe import Recipe, matches, scheme_of_entry
+from roundel.scheme import Scheme
 from roundel.unit import Layer
 
-__all__ = ["choose", "choose_conversions", "head_asked", "layers_of", "settle"]
+__all__ = ["Choice", "choose", "choose_conversions", "head_asked", "layers_of", "settle"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The scheme a layer gets (None: it stays in full precision), and where that was decided."""
+
+    scheme: Scheme | None
+    origin: str
 
 
 def head_asked(recipe: Recipe, head: str) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from roundel.checkpoint import Checkpoint, Matrix
-from roundel.choosing import choose, choose_conversions, head_asked, layers_of, settle
+from roundel.choosing import Choice, choose, choose_conversions, head_asked, layers_of, settle
 from roundel.errors import PlanError
 from roundel.formats import Contents, Format, Model, format_named
 from roundel.importance import open_importances
@@ -15,7 +15,7 @@ from roundel.planning.files import check_names, check_stacks, specs_of, stacks_o
 from roundel.planning.plan import Kept, Output, Plan, Work, most_common
 from roundel.planning.units import check_measured, in_units, with_caches
 from roundel.planning.works import works_of
-from roundel.recipe import Choice, Recipe, parse_size
+from roundel.recipe import Recipe, parse_size
 from roundel.unit import Layer
 
 __all__ = ["build_plan"]

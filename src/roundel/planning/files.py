@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from roundel.choosing import Choice
 from roundel.errors import PlanError
 from roundel.formats import Format
 from roundel.formats.format import CACHE_PARTS
 from roundel.io.safetensors import stacked
 from roundel.planning.plan import Work
-from roundel.recipe import Choice
 from roundel.tensor import TensorSpec
 from roundel.unit import Layer
 
