@@ -154,13 +154,13 @@ def test_killed_while_an_output_is_replaced(model: Path, out: Path, tmp_path: Pa
 
 SLOW = """
 import sys, time
-from roundel import pipeline
+from roundel import committer, pipeline
 from roundel.cli.main import main
 perform = pipeline._Loop._perform
 def slowly(self, work):
     time.sleep(0.02)
     return perform(self, work)
-pipeline._Loop._perform, pipeline.FLUSH_SECONDS = slowly, 0.02
+pipeline._Loop._perform, committer.FLUSH_SECONDS = slowly, 0.02
 main()
 """
 

@@ -9,8 +9,10 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from roundel.card import model_card, size
 from roundel.errors import OutputError, SourceError
@@ -226,25 +228,23 @@ def _copy_small_files(source: Source, folder: Path) -> None:
             if source.files.files[name] > 1 << 20:
                 continue
             raise
-        target = folder / name
-        fresh = target.with_name(target.name + ".new")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("rb") as old, fresh.open("wb") as new:
-                shutil.copyfileobj(old, new)
-                new.flush()
-                os.fsync(new.fileno())
-            fresh.replace(target)
-        except OSError as error:
-            raise _failed(target, error) from error
+        with _replaced(folder / name) as new, path.open("rb") as old:
+            shutil.copyfileobj(old, new)
 
 
 def _write(path: Path, text: str) -> None:
-    """Replace a file whole, and make it survive a power cut."""
+    with _replaced(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when it is whole, and survives a power cut."""
     fresh = path.with_name(path.name + ".new")
     try:
-        with fresh.open("w", encoding="utf-8") as file:
-            file.write(text)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with fresh.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(path)

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from roundel.algorithms import Algorithm, Rounded, Rtn
-from roundel.calibrated import Calibration, Units
+from roundel.calibrated import Units
+from roundel.calibrating import Calibration
 from roundel.checkpoint import Checkpoint
+from roundel.committer import Committer
 from roundel.converting import convert_layer, inexact
 from roundel.errors import NumericsError
 from roundel.fusion import fuses, round_and_pack
@@ -41,9 +43,6 @@ if TYPE_CHECKING:
 
 
 __all__ = ["Demoted", "default_workers", "run"]
-
-FLUSH_BYTES = 32 << 20  # flushed and journaled at least this often, or after FLUSH_SECONDS
-FLUSH_SECONDS = 1.0
 
 
 def default_workers(plan: Plan, device: str = "cpu") -> int:
@@ -103,7 +102,7 @@ def _run(
             if name in by_tensor:
                 by_tensor[name].put(name, as_bytes(tensor))
     opened = {id(s): s for by_tensor in shards for s in by_tensor.values()}
-    committer = _Committer(journal, tuple(opened.values()))
+    committer = Committer(journal, tuple(opened.values()))
     chain = plan.recipe.chain
     loop = _Loop(
         plan, checkpoint, shards, device, committer, progress, interruption,
@@ -134,54 +133,6 @@ def _run(
     return report
 
 
-class _Committer:
-    """Flushes files and journals finished rows, in its own thread, so that workers never wait for the disk."""
-
-    def __init__(self, journal: Journal, shards: tuple[Shard, ...]) -> None:
-        self._journal, self._shards = journal, shards
-        self._rows: list[dict[str, object]] = []
-        self._nbytes = 0
-        self._wake = threading.Condition()
-        self._closing = False
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._serve, name="committer", daemon=True)
-        self._thread.start()
-
-    def add(self, row: Row) -> None:
-        with self._wake:
-            if self._error is not None:
-                raise self._error
-            self._rows.append(row.to_dict())
-            self._nbytes += sum(row.nbytes)
-            if self._nbytes >= FLUSH_BYTES:
-                self._wake.notify()
-
-    def close(self) -> None:
-        """Commit what is left. Raises what the thread met."""
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def _serve(self) -> None:
-        closing = False
-        while not closing:
-            with self._wake:
-                self._wake.wait_for(lambda: self._closing or self._nbytes >= FLUSH_BYTES, timeout=FLUSH_SECONDS)
-                closing, rows = self._closing, self._rows
-                self._rows, self._nbytes = [], 0
-            if rows:
-                try:
-                    for shard in self._shards:
-                        shard.flush()
-                    self._journal.commit(rows)
-                except BaseException as error:
-                    self._error = error
-                    return
-
-
 @dataclass
 class _Loop:
     """The state that workers share."""
@@ -190,7 +141,7 @@ class _Loop:
     checkpoint: Checkpoint
     shards: list[dict[str, Shard]]
     device: str
-    committer: _Committer
+    committer: Committer
     progress: Progress | None
     interruption: Interruption
     algorithm: Algorithm

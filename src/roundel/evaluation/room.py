@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from roundel.calibrated import Offload
+from roundel.calibrating import Offload
 from roundel.errors import OutputError, PlanError
 from roundel.evaluation.subject import Subject
 from roundel.evaluation.text import Passage

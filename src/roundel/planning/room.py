@@ -10,7 +10,7 @@ from roundel.planning.plan import Plan, Work
 from roundel.recipe import Recipe
 from roundel.tensor import ITEMSIZE
 
-__all__ = ["PART_TOKENS", "expected_peak", "part_of", "unit_memory"]
+__all__ = ["PART_TOKENS", "expected_peak", "frontier_bytes", "part_of", "unit_memory"]
 
 COPY_BYTES = 8 << 20  # a copy goes from file to file, at most through a buffer of this size
 BASE_PLAIN = 141 << 20  # interpreter, numpy, numba, rich: measured
@@ -45,6 +45,12 @@ def unit_memory(plan: Plan, device: str = "cpu") -> tuple[int, int]:
         if work.kind == "unit":
             found = max(found, _unit_bytes(work, plan.recipe, device), key=sum)
     return found
+
+
+def frontier_bytes(plan: Plan, hidden: int, samples: int, tokens: int) -> int:
+    """Bytes of activations that are held at once: each stream in front of a block and behind it."""
+    each = samples * tokens * hidden * {"float32": 4, "bfloat16": 2}[plan.recipe.activation_dtype]
+    return each * (4 if plan.recipe.chain.reads_float_stream else 2)
 
 
 def part_of(recipe: Recipe, tokens: int, device: str) -> int:
