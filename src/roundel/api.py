@@ -17,7 +17,7 @@ from roundel.checkpoint import Checkpoint, open_checkpoint
 from roundel.errors import ConversionError, RecipeError
 from roundel.io.journal import alone, read_journal
 from roundel.io.source import LocalFiles, small_files
-from roundel.output import clear, is_complete, prepare, read_report
+from roundel.output import clear, folder_of, is_complete, prepare, read_report
 from roundel.pipeline import Demoted, default_workers, run
 from roundel.planning import Plan, build_plan
 from roundel.recipe import STORED, Recipe
@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from roundel.calibrating import Dataset
 
 __all__ = [
+    "check_device",
     "conversion_recipe",
     "convert",
+    "downloads",
     "plan",
     "quantize",
     "quantize_checkpoint",
@@ -257,7 +259,7 @@ def downloads(out: Path) -> Path:
 def _demoted(out: Path, recipe: Recipe) -> dict[str, str]:
     """Layers that the run which began or made this output found it cannot round."""
     begun = read_journal(out)
-    head = begun[0] if begun is not None else read_report(out if len(recipe.formats) == 1 else out / recipe.formats[0])
+    head = begun[0] if begun is not None else read_report(folder_of(out, recipe, recipe.formats[0]))
     found = head.get("demoted")
     return {str(k): str(v) for k, v in found.items()} if isinstance(found, Mapping) else {}
 

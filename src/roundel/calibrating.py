@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     Dataset = str | Sequence[str | Sequence[int] | Tensor | Mapping[str, object]]
 
-__all__ = ["Calibration", "Offload", "Tick", "calibration_of", "importances_to"]
+__all__ = ["Calibration", "Dataset", "Offload", "Tick", "calibration_of", "importances_to"]
 
 Tick = Callable[[str, float, str], None]
 Offload = Literal["auto", "ram", "disk"]

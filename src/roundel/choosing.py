@@ -145,6 +145,8 @@ def layers_of(
     recipe: Recipe,
     problems: list[str],
 ) -> list[Layer]:
+    """The layers that are rounded, on the grids of their formats; what transforms, the algorithm or a format refuse is
+    added to the problems."""
     algorithm = recipe.chain.algorithm
     layers: list[Layer] = []
     refused: dict[tuple[str, str], list[Layer]] = {}
@@ -190,6 +192,7 @@ def _refusal(reason: str, layers: Sequence[Layer]) -> str:
 
 
 def settle(formats: Sequence[Format], layers: Sequence[Layer], problems: list[str]) -> list[Format]:
+    """Of each format the variant that fits all layers together; the problems of those that have none are added."""
     settled: list[Format] = []
     for format in formats:
         try:

@@ -21,6 +21,7 @@ from roundel.io.safetensors import Shard
 from roundel.io.source import INDEX, Source, small_files
 from roundel.page import PAGE, page, read_costs
 from roundel.planning import Output, Plan
+from roundel.recipe import Recipe
 from roundel.report import LOG, REPORT, Report
 
 __all__ = [
@@ -43,15 +44,15 @@ _WEIGHTS = (".safetensors", ".gguf", ".partial", FRONTIER)
 _OURS = (CONFIG, "quantization_config.json", *_CARDS, INDEX, JOURNAL, _JOURNAL_NEW)
 
 
-def folder_of(out: Path, plan: Plan, output: Output) -> Path:
-    """Where one format goes: the folder itself, or a folder of its own where there are several."""
-    return out if len(plan.outputs) == 1 else out / output.format.name.replace(":", "-")
+def folder_of(out: Path, recipe: Recipe, format: str) -> Path:
+    """Where one of a recipe's formats goes: the folder itself, or a folder of its own where there are several."""
+    return out if len(recipe.formats) == 1 else out / format.replace(":", "-")
 
 
 def is_complete(out: Path, plan: Plan) -> bool:
     """Whether the folder holds the finished output of exactly this plan."""
     for output in plan.outputs:
-        folder = folder_of(out, plan, output)
+        folder = folder_of(out, plan.recipe, output.format.name)
         if read_report(folder).get("fingerprint") != plan.fingerprint:
             return False
         if not (folder / CONFIG).is_file() or not all(_holds(folder / s.name, s.nbytes) for s in output.shards):
@@ -129,7 +130,7 @@ def is_intact(out: Path, plan: Plan, finished: Collection[str]) -> bool:
         return False
     for output in plan.outputs:
         for shard in output.shards:
-            path = folder_of(out, plan, output) / shard.name
+            path = folder_of(out, plan.recipe, output.format.name) / shard.name
             whole = len(finished) == len(plan.works) and _holds(path, shard.nbytes)
             begun = not path.exists() and (not finished or _holds(_partial(path), shard.nbytes))
             if not (whole or begun):
@@ -146,7 +147,7 @@ def _partial(path: Path) -> Path:
 
 
 def _folders(out: Path, plan: Plan) -> list[Path]:
-    return list(dict.fromkeys([out, *(folder_of(out, plan, output) for output in plan.outputs)]))
+    return list(dict.fromkeys([out, *(folder_of(out, plan.recipe, output.format.name) for output in plan.outputs)]))
 
 
 def _ours(folders: Iterable[Path]) -> list[Path]:
@@ -165,7 +166,7 @@ def open_shards(out: Path, plan: Plan) -> list[dict[str, Shard]]:
     out."""
     opened: list[dict[str, Shard]] = []
     for output in plan.outputs:
-        folder = folder_of(out, plan, output)
+        folder = folder_of(out, plan.recipe, output.format.name)
         try:
             folder.mkdir(exist_ok=True)
         except OSError as error:
@@ -183,7 +184,7 @@ def open_shards(out: Path, plan: Plan) -> list[dict[str, Shard]]:
 def finish(out: Path, plan: Plan, source: Source, report: Report) -> None:
     """Everything beside the weights, config.json last. Safe to repeat after a crash."""
     for number, output in enumerate(plan.outputs):
-        folder = folder_of(out, plan, output)
+        folder = folder_of(out, plan.recipe, output.format.name)
         _copy_small_files(source, folder)
         if len(output.shards) > 1:
             index = {
@@ -200,7 +201,7 @@ def finish(out: Path, plan: Plan, source: Source, report: Report) -> None:
     for folder in _folders(out, plan):
         _sync_folder(folder)
     for output in plan.outputs:
-        folder = folder_of(out, plan, output)
+        folder = folder_of(out, plan.recipe, output.format.name)
         _write(folder / CONFIG, json.dumps(_config(source.config, output, plan.untied), indent=2) + "\n")
         _sync_folder(folder)
     for path in out.glob("*" + FRONTIER):

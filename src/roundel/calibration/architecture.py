@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from roundel.calibration.quiet import quiet
 from roundel.errors import PlanError
 
-__all__ = ["empty_model", "fill_buffers"]
+__all__ = ["WRONG", "empty_model", "fill_buffers"]
 
 UNLIKE_LOADING = ("quantization_config", "torch_dtype", "dtype")  # settings of a stored file, not of the class
 DEFINITE = (

@@ -18,7 +18,7 @@ from roundel.calibration.rows import Chat, Ids, Row, Text
 from roundel.calibration.tokenizer import Tokenizer
 from roundel.errors import RecipeError, SourceError
 
-__all__ = ["Encoder", "Tally", "cut_joined", "cut_rows"]
+__all__ = ["SEPARATOR", "Encoder", "Tally", "Tokens", "cut_joined", "cut_rows"]
 
 Tokens = npt.NDArray[np.int64]
 SEPARATOR = "\n\n"  # between joined texts

@@ -14,7 +14,7 @@ from roundel.cli.options import recipe_from, recipe_options
 if TYPE_CHECKING:
     from roundel.planning import Plan
 
-__all__ = ["plan"]
+__all__ = ["plan", "plan_as_dict"]
 
 
 @click.command(short_help="Show what quantize would do, without reading a weight.")

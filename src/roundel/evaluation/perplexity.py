@@ -17,7 +17,7 @@ from roundel.errors import RecipeError
 from roundel.evaluation.judging import Verdict, judge
 from roundel.evaluation.means import mean_of, percentile_of
 
-__all__ = ["BATCH", "Comparison", "Logits", "compare", "perplexity", "windows"]
+__all__ = ["BATCH", "HIGH", "Comparison", "Logits", "compare", "perplexity", "windows"]
 
 Logits = Callable[[Tensor], Tensor]
 BATCH = 4  # windows in one call; what is held is their logits

@@ -14,7 +14,7 @@ from roundel.evaluation.travel import slab_bytes
 from roundel.memory import free_memory
 from roundel.planning.room import PART_TOKENS
 
-__all__ = ["frontiers_in_memory", "working_bytes"]
+__all__ = ["frontiers_in_memory"]
 
 KEPT = 2  # of what a block's matrices are given and hand on, at once: attention holds scores beside it
 

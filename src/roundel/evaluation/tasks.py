@@ -25,7 +25,7 @@ from roundel.evaluation.means import Mean, mean_of
 from roundel.evaluation.models import decoded_model
 from roundel.memory import free_memory
 
-__all__ = ["RUNTIMES", "Score", "TaskRun", "differences", "run_tasks", "vllm_arguments"]
+__all__ = ["Score", "TaskRun", "differences", "run_tasks", "vllm_arguments"]
 
 RUNTIMES = ("hf", "vllm")  # backends of lm-evaluation-harness
 

@@ -50,6 +50,7 @@ def rows_of(scale: Tensor | QuantizedTensor, rows: slice) -> Tensor | QuantizedT
 
 
 def search_floats(weight: Tensor, plainly: QuantizedTensor, importance: Tensor | None) -> QuantizedTensor:
+    """The matrix under the best of `float_scales` for each block. See `search.search`."""
     tried = float_scales(plainly)
     errors = [
         torch.cat(list(block_errors(weight, encode_scaled(weight, plainly.grid, scale), importance))) for scale in tried

@@ -30,7 +30,7 @@ from roundel.ops.weighted_error import CHUNK, counts_of
 from roundel.scheme import Grid
 from roundel.tensor import QuantizedTensor, plain
 
-__all__ = ["Ladder", "ladder", "search_integers"]
+__all__ = ["BETTER", "NEIGHBOURS", "REFINEMENTS", "SHARE", "Ladder", "ladder", "search_integers"]
 
 SHARE = 1e-4  # codes that hold less of a block's energy than this have no least-squares step worth its noise
 NEIGHBOURS = 2.0  # spacings of the first round that the second reaches to each side
@@ -73,6 +73,7 @@ def ladder(bits: int) -> Ladder:
 
 
 def search_integers(weight: Tensor, plainly: QuantizedTensor, importance: Tensor | None) -> QuantizedTensor:
+    """The matrix under better scales than plain rounding's, where there are such. See `search.search`."""
     grid, (out, width) = plainly.grid, plainly.shape
     columns = grid.block_of((out, width))[1]
     counted = counts_of(weight, importance, columns)

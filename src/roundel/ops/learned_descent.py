@@ -29,7 +29,6 @@ __all__ = [
     "Moments",
     "adam",
     "adam_correction",
-    "clamp_factors",
     "descend",
     "gradients",
     "remember",

@@ -18,6 +18,7 @@ __all__ = ["check_names", "check_stacks", "specs_of", "stacks_of"]
 
 
 def specs_of(works: Sequence[Work], format: Format) -> list[TensorSpec]:
+    """Every tensor of a format's files, those of experts each by itself."""
     specs: list[TensorSpec] = []
     for work in works:
         for layer in work.rounded:

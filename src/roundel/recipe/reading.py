@@ -37,6 +37,7 @@ def parse_size(size: str | int) -> int:
 
 
 def read_text(path: Path) -> str:
+    """A file's text, UTF-8. Raises RecipeError."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -44,6 +45,7 @@ def read_text(path: Path) -> str:
 
 
 def read_mapping(text: str, what: str) -> dict[str, object]:
+    """The mapping that a text is, without empty values. what: how an error names it. Raises RecipeError."""
     import yaml
 
     try:

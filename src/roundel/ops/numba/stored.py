@@ -37,11 +37,13 @@ INFINITY = np.float32(np.inf)
 
 @jit
 def bits_of(value):  # type: ignore[no-untyped-def]
+    """The 32 bits of a float32."""
     return np.float32(value).view(np.uint32)
 
 
 @jit
 def float_of(bits):  # type: ignore[no-untyped-def]
+    """The float32 of 32 bits."""
     return np.uint32(bits).view(np.float32)
 
 
@@ -106,11 +108,13 @@ def add_square(total, value):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
 def error_of(value, code, scale):  # type: ignore[no-untyped-def]
+    """value - code * scale, which may be fused: errors are told, not stored."""
     return value - code * scale
 
 
 @jit
 def first_infinite(scales):  # type: ignore[no-untyped-def]
+    """The index of the first infinite scale of a row [blocks]; -1: none."""
     for block in range(len(scales)):
         if abs(scales[block]) == INFINITY:
             return block
