@@ -26,8 +26,8 @@ import torch
 from accuracy_runs import BENCH, WINDOW, Bench, Failed, Measured, Yardstick
 from contenders import GRIDS, Duel, Scheme, duels
 
+from roundel.calibration.tokenizer import load_tokenizer
 from roundel.data.bundled import bundled_model
-from roundel.evaluation.models import tokenizer_of
 from roundel.evaluation.perplexity import windows
 
 NOISE = 1.003  # ours may be this many times theirs
@@ -147,7 +147,7 @@ def main() -> int:
         yardstick=yardstick,
         nsamples=arguments.nsamples,
         seqlen=arguments.seqlen,
-        samples=windows(arguments.calib.read_text(encoding="utf-8"), tokenizer_of(model), arguments.seqlen),
+        samples=windows(arguments.calib.read_text(encoding="utf-8"), load_tokenizer(model), arguments.seqlen),
         fresh=arguments.fresh,
     )
     print(

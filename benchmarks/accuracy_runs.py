@@ -20,8 +20,9 @@ import torch
 from contenders import Duel, Peer, Scheme
 from torch import Tensor
 
+from roundel.calibration.tokenizer import load_tokenizer
 from roundel.checkpoint import open_checkpoint
-from roundel.evaluation.models import decoded_model, float_model, logits_of, tokenizer_of
+from roundel.evaluation.models import decoded_model, float_model, logits_of
 from roundel.evaluation.perplexity import BATCH, compare, windows
 
 __all__ = ["BENCH", "WINDOW", "Bench", "Failed", "Measured", "Yardstick"]
@@ -50,7 +51,7 @@ class Yardstick:
     """The text to be predicted, and what the float model says of it."""
 
     def __init__(self, model: Path, text: Path, count: int) -> None:
-        self.windows = windows(text.read_text(encoding="utf-8"), tokenizer_of(model), WINDOW)[:count]
+        self.windows = windows(text.read_text(encoding="utf-8"), load_tokenizer(model), WINDOW)[:count]
         before = logits_of(float_model(model))
         with torch.no_grad():
             self._logits = [before(ids) for ids in torch.split(self.windows, BATCH)]

@@ -12,15 +12,15 @@ FLOORS = (  # from the lowest; a part imports only from rows above its own, and 
     ("tensor",),
     ("regrid",),
     ("unit",),
-    ("ops", "io", "families", "data"),
+    ("ops", "io", "families", "data", "step"),
     ("formats", "algorithms", "transforms"),
     ("chain",),
     ("checkpoint", "fusion", "importance", "recipe", "support", "holding"),
     ("choosing", "calibration", "matrices", "notes"),
-    ("planning", "inspection", "converting"),
+    ("planning", "inspection", "converting", "calibrating"),
     ("report", "card"),
     ("page",),
-    ("verification", "output"),
+    ("verification", "output", "committer"),
     ("calibrated",),
     ("estimate",),
     ("pipeline",),
@@ -30,6 +30,7 @@ FLOORS = (  # from the lowest; a part imports only from rows above its own, and 
     ("cli",),
     ("__main__",),
 )
+FILES = sorted(ROOT.rglob("*.py"))
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 
@@ -55,7 +56,7 @@ def test_every_part_has_a_floor() -> None:
 
 def test_imports_go_down() -> None:
     wrong = []
-    for path in sorted(ROOT.rglob("*.py")):
+    for path in FILES:
         here = path.relative_to(ROOT).parts[0].removesuffix(".py")
         if here == "__init__":
             continue
@@ -65,6 +66,25 @@ def test_imports_go_down() -> None:
             if FLOOR_OF[there] >= FLOOR_OF[here]:
                 wrong.append(f"{path}:{line}: {here} imports {there}, which is not below it")
     assert not wrong, "\n".join(wrong)
+
+
+def test_what_is_imported_is_public() -> None:
+    """A file of ours takes from another what stands in that one's __all__."""
+    modules = {path.relative_to(ROOT.parent).with_suffix("").as_posix().replace("/", "."): path for path in FILES}
+    public = {name: set(_exported(path)) for name, path in modules.items()}
+    wrong = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module in public:
+                missing = {alias.name for alias in node.names} - public[node.module]
+                wrong += [f"{path}:{node.lineno}: {node.module} has no public {name}" for name in sorted(missing)]
+    assert not wrong, "\n".join(wrong)
+
+
+def _exported(path: Path) -> list[str]:
+    assigned = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign)]
+    lists = [node.value for node in assigned if getattr(node.targets[0], "id", None) == "__all__"]
+    return [name for each in lists for name in ast.literal_eval(each)]
 
 
 def test_formats_algorithms_do_not_know_each_other() -> None:

@@ -20,6 +20,7 @@ from models.pico import build
 from models.raw import hashes, plant, spot
 from roundel import pipeline
 from roundel.checkpoint import open_checkpoint
+from roundel.data.bundled import bundled_model
 from roundel.errors import NumericsError, OutputError, PlanChanged, PlanError, SourceError
 from roundel.io.journal import JOURNAL, alone, read_journal
 from roundel.output import open_shards
@@ -154,13 +155,13 @@ def test_killed_while_an_output_is_replaced(model: Path, out: Path, tmp_path: Pa
 
 SLOW = """
 import sys, time
-from roundel import pipeline
+from roundel import committer, pipeline
 from roundel.cli.main import main
 perform = pipeline._Loop._perform
 def slowly(self, work):
     time.sleep(0.02)
     return perform(self, work)
-pipeline._Loop._perform, pipeline.FLUSH_SECONDS = slowly, 0.02
+pipeline._Loop._perform, committer.FLUSH_SECONDS = slowly, 0.02
 main()
 """
 
@@ -368,11 +369,13 @@ def test_a_kept_layer_may_be_anything(model: Path, out: Path) -> None:
     assert not report.plan.demoted
 
 
-def test_repeating_a_command_that_kept_such_layers(model: Path, out: Path) -> None:
+@pytest.mark.parametrize("formats", ["auto_round", "auto_gptq,auto_round", "gguf:q8_0,fake"])
+def test_repeating_a_command_that_kept_such_layers(formats: str, model: Path, out: Path) -> None:
+    model = shutil.copytree(bundled_model(), model.parent / "bundled")
     spoiled(model)
-    roundel.quantize(model, out)
+    roundel.quantize(model, out, format=formats)
     before = hashes(out)
-    assert roundel.quantize(model, out).already_complete
+    assert roundel.quantize(model, out, format=formats).already_complete
     assert hashes(out) == before
 
 

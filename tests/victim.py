@@ -81,10 +81,10 @@ def _counted(count: list[int], number: int | None) -> dict[str, Callable[..., An
 def _serve() -> None:
     import torch
 
-    from roundel import pipeline, quantize
+    from roundel import committer, quantize
 
     torch.set_num_threads(1)
-    pipeline.FLUSH_BYTES = 1  # every piece of work is journaled at once
+    committer.FLUSH_BYTES = 1  # every piece of work is journaled at once
     real, warm = {name: getattr(os, name) for name in CALLS}, False
     for line in sys.stdin:
         number, model, out, options = json.loads(line)

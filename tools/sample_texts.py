@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from roundel.calibration.tokenizer import load_tokenizer
 from roundel.data.bundled import bundled_model, bundled_text
-from roundel.evaluation.models import draw, float_model, tokenizer_of
+from roundel.evaluation.models import draw, float_model
 from roundel.evaluation.perplexity import Tokenizer
 
 SEEDS = {"calibration": 20_001, "evaluation": 20_002}
@@ -86,7 +87,7 @@ def sample(model: nn.Module, tokenizer: Tokenizer, seed: int, tokens: int) -> li
 
 
 def main(folder: Path) -> None:
-    model, tokenizer = writer(), tokenizer_of(bundled_model())
+    model, tokenizer = writer(), load_tokenizer(bundled_model())
     for name, seed in SEEDS.items():
         texts = sample(model, tokenizer, seed, TOKENS[name])
         (folder / f"{name}.txt").write_text("".join(f"{text}\n" for text in texts), encoding="utf-8", newline="\n")

@@ -1,40 +1,38 @@
-"""The public functions: plan and quantize."""
+"""The public functions: plan, quantize and convert."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from roundel.calibrated import Calibration, Offload
+from roundel.calibrating import Calibration, Offload, Tick, calibration_of, importances_to
 from roundel.chain import known_options
 from roundel.checkpoint import Checkpoint, open_checkpoint
 from roundel.errors import ConversionError, RecipeError
-from roundel.families import text_config
 from roundel.io.journal import alone, read_journal
 from roundel.io.source import LocalFiles, small_files
-from roundel.output import clear, is_complete, prepare, read_report
+from roundel.output import clear, folder_of, is_complete, prepare, read_report
 from roundel.pipeline import Demoted, default_workers, run
 from roundel.planning import Plan, build_plan
 from roundel.recipe import STORED, Recipe
 from roundel.report import Progress, Report
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
-    Dataset = str | Sequence[str | Sequence[int] | Tensor | Mapping[str, object]]
-    Tick = Callable[[str, float, str], None]
+    from roundel.calibrating import Dataset
 
 __all__ = [
-    "calibration_of",
+    "check_device",
     "conversion_recipe",
     "convert",
-    "importances_to",
+    "downloads",
     "plan",
     "quantize",
     "quantize_checkpoint",
@@ -167,72 +165,6 @@ def conversion_recipe(
     return Recipe.from_dict(found | ({} if shard_size is None else {"shard_size": shard_size}))
 
 
-def calibration_of(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    dataset: Dataset | None = None,
-    *,
-    offload: Offload = "auto",
-    trust_remote_code: bool = False,
-    tick: Tick | None = None,
-    importances_to: Path | None = None,
-) -> Calibration:
-    """The tokens that a recipe's algorithm looks at, read and cut. Raises RecipeError or SourceError."""
-    from roundel.calibration.datasets import calibration_tokens
-
-    limit = text_config(checkpoint.source.config).get("max_position_embeddings")
-    seqlen = min(recipe.seqlen, limit) if isinstance(limit, int) else recipe.seqlen
-    found = calibration_tokens(
-        dataset if dataset is not None else recipe.dataset,
-        checkpoint.source.small_folder(),
-        nsamples=recipe.nsamples,
-        seqlen=seqlen,
-        seed=recipe.seed,
-        trust_remote_code=trust_remote_code,
-    )
-    _check_ids(found.tokens, checkpoint)
-    notes = found.notes
-    if seqlen < recipe.seqlen:
-        notes = (f"samples have {seqlen} tokens, not {recipe.seqlen}: the model takes no more", *notes)
-    return Calibration(
-        tokens=found.tokens,
-        sha256=found.sha256,
-        notes=notes,
-        offload=offload,
-        trust_remote_code=trust_remote_code,
-        importances_to=importances_to,
-        tick=tick or (lambda name, done, text: None),
-    )
-
-
-def _check_ids(tokens: Tensor, checkpoint: Checkpoint) -> None:
-    """Raises RecipeError for a token that the model's embedding has no row for."""
-    embedding = checkpoint.family.embedding
-    if embedding not in checkpoint.tensor_names:
-        return  # the model is asked when its blocks are built
-    highest, rows = int(tokens.max()), checkpoint.shape(embedding)[0]
-    if highest >= rows:
-        raise RecipeError(
-            f"The dataset holds token {highest}, and {embedding} of {checkpoint.source.name} has rows for 0 to "
-            f"{rows - 1}. Give text, or the ids of this model's own tokenizer."
-        )
-
-
-def importances_to(recipe: Recipe, path: str | Path | None) -> Path | None:
-    """Where importances go. Raises RecipeError where a run computes none, or the folder is not there."""
-    if path is None:
-        return None
-    if not recipe.chain.algorithm.measures_importances or recipe.chain.transforms:
-        raise RecipeError(
-            f"{recipe.algorithm} computes no importances of the model as it is, so {path} would hold none. Choose "
-            "--algorithm opt-rtn --imatrix, or signround."
-        )
-    found = Path(path)
-    if not found.resolve().parent.is_dir() or found.is_dir():
-        raise RecipeError(f"{path} cannot be written: name a file in a folder that is there.")
-    return found
-
-
 def _saved(model: str | Path | nn.Module, held: ExitStack) -> str | Path:
     """A live model as a folder that lasts as long as `held`."""
     if isinstance(model, (str, Path)):
@@ -327,7 +259,7 @@ def downloads(out: Path) -> Path:
 def _demoted(out: Path, recipe: Recipe) -> dict[str, str]:
     """Layers that the run which began or made this output found it cannot round."""
     begun = read_journal(out)
-    head = begun[0] if begun is not None else read_report(out if len(recipe.formats) == 1 else out / recipe.formats[0])
+    head = begun[0] if begun is not None else read_report(folder_of(out, recipe, recipe.formats[0]))
     found = head.get("demoted")
     return {str(k): str(v) for k, v in found.items()} if isinstance(found, Mapping) else {}
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from roundel.calibrating import Calibration
 from roundel.checkpoint import Checkpoint
 from roundel.errors import NumericsError, PlanError
 from roundel.importance import ImatrixWriter
@@ -23,7 +24,8 @@ from roundel.io.source import LocalFiles
 from roundel.matrices import Demoted, as_bytes, errors_in, finite, reaches, sound
 from roundel.memory import give_back, peak_memory
 from roundel.output import FRONTIER
-from roundel.planning import Plan, Work, part_of
+from roundel.planning import Plan, Work
+from roundel.planning.room import frontier_bytes, part_of
 from roundel.report import LOG, Progress, Row, row_of
 from roundel.tensor import TensorSpec
 from roundel.unit import Decodable, Unit
@@ -36,36 +38,7 @@ if TYPE_CHECKING:
     from roundel.calibration.block import Block, Blocks
     from roundel.calibration.skeleton import Skeleton
 
-__all__ = ["Calibration", "Offload", "Units", "frontier_bytes"]
-
-Offload = Literal["auto", "ram", "disk"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """What a run that reads activations is given beside its plan; nothing of it but the tokens shapes the output.
-
-    tokens    [samples, tokens] int64
-    sha256    of the tokens: part of what the plan is known by
-    notes     what the user should know of them
-    offload   where activations lie between blocks: "ram", "disk", or "auto", in memory while they fit in half of it
-    importances_to   a file for the importances that the algorithm computes
-    tick      told how far a unit is (0 to 1), and its loss as text
-    """
-
-    tokens: Tensor
-    sha256: str
-    notes: tuple[str, ...] = ()
-    offload: Offload = "auto"
-    trust_remote_code: bool = False
-    importances_to: Path | None = None
-    tick: Callable[[str, float, str], None] = field(default=lambda name, done, text: None)
-
-
-def frontier_bytes(plan: Plan, hidden: int, samples: int, tokens: int) -> int:
-    """Bytes of activations that are held at once: each stream in front of a block and behind it."""
-    each = samples * tokens * hidden * {"float32": 4, "bfloat16": 2}[plan.recipe.activation_dtype]
-    return each * (4 if plan.recipe.chain.reads_float_stream else 2)
+__all__ = ["Units"]
 
 
 class Units:
@@ -86,7 +59,7 @@ class Units:
         self.plan, self.checkpoint, self.out, self.shards, self.journal = plan, checkpoint, out, shards, journal
         self.calibration, self.device, self.progress = calibration, device, progress
         self.recipe, self.chain, self.free_memory = plan.recipe, plan.recipe.chain, free_memory
-        self.samples, self.tokens = calibration.tokens.shape
+        self.samples, self.tokens = (int(size) for size in calibration.tokens.shape)
         self.importances: ImatrixWriter | None = None
 
     def run(self, interruption: Interruption) -> None:
@@ -103,8 +76,8 @@ class Units:
                 self.config,
                 [layer for work in units for layer in work.layers],
                 dataset=self.recipe.dataset,
-                samples=int(self.samples),
-                tokens=int(self.tokens),
+                samples=self.samples,
+                tokens=self.tokens,
                 begun=len(todo) < len(units),
             )
         if todo:
@@ -117,6 +90,7 @@ class Units:
         import torch
 
         from roundel.calibration.skeleton import Skeleton
+        from roundel.calibration.streams import Streams
 
         checkpoint, calibration = self.checkpoint, self.calibration
         self.skeleton: Skeleton = Skeleton(
@@ -129,14 +103,18 @@ class Units:
             trust_remote_code=calibration.trust_remote_code,
         )
         self.blocks: dict[str, Block] = {b.name: b for b in (*self.skeleton.blocks, self.skeleton.tail)}
-        self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.recipe.activation_dtype]
-        hidden = self.skeleton.hidden
-        needed = frontier_bytes(self.plan, hidden, self.samples, self.tokens)
-        self.in_memory = calibration.offload == "ram" or (
-            calibration.offload == "auto" and needed < self.free_memory // 2
+        needed = frontier_bytes(self.plan, self.skeleton.hidden, self.samples, self.tokens)
+        held = calibration.offload == "ram" or (calibration.offload == "auto" and needed < self.free_memory // 2)
+        self.streams = Streams(
+            self.skeleton,
+            calibration.tokens,
+            self.out,
+            FRONTIER,
+            dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[self.recipe.activation_dtype],
+            in_memory=held,
+            part=part_of(self.recipe, self.tokens, self.device),
+            device=self.device,
         )
-        self.shape = (int(self.samples), int(self.tokens), hidden)
-        self.part = part_of(self.recipe, int(self.tokens), self.device)
 
     def _go(self, units: Sequence[Work], todo: Sequence[Work], interruption: Interruption) -> None:
         for work in todo:
@@ -150,7 +128,10 @@ class Units:
         if len(todo) == len(units) and isinstance(self.checkpoint.source.files, LocalFiles):
             self._look_at_weights(todo)
         names = [work.name for work in units]
-        streams = self._enter(names[0]) if len(todo) == len(units) else self._resume(todo[0].name)
+        weights = {name: self._float(self.checkpoint.tensor(name)) for name in self.skeleton.entry_tensors}
+        begin = self.streams.enter if len(todo) == len(units) else self.streams.resume
+        streams = begin(todo[0].name, weights)
+        del weights
         after: dict[str, str | None] = dict(zip(names, [*names[1:], None], strict=True))
         for work in todo:
             streams = self._unit(work, streams, after[work.name])
@@ -167,28 +148,6 @@ class Units:
         if bad:
             raise Demoted(bad)
 
-    def _enter(self, first: str) -> dict[str, Frontier]:
-        """The hidden states in front of the first block."""
-        weights = {name: self._float(self.checkpoint.tensor(name)) for name in self.skeleton.entry_tensors}
-        made = self._frontier(first, "quantized")
-        for samples in self._batches():
-            made.write(samples, self.skeleton.enter(self.calibration.tokens[list(samples)].to(self.device), weights))
-        made.save()
-        return {"quantized": made, "float": made}
-
-    def _resume(self, name: str) -> dict[str, Frontier]:
-        weights = {name: self._float(self.checkpoint.tensor(name)) for name in self.skeleton.entry_tensors}
-        for samples in list(self._batches())[:1] + list(self._batches())[-1:]:  # the arguments that blocks take
-            self.skeleton.enter(self.calibration.tokens[list(samples)].to(self.device), weights)
-        streams: dict[str, Frontier] = {}
-        for stream in ("quantized", "float"):
-            if stream == "float" and not self._path(name, stream).exists():
-                streams[stream] = streams["quantized"]  # one stream, or the first block, where both are the same
-                continue
-            streams[stream] = self._frontier(name, stream)
-            streams[stream].load()
-        return streams
-
     def _unit(self, work: Work, streams: dict[str, Frontier], following: str | None) -> dict[str, Frontier]:
         from roundel.calibration.input_scales import with_input_scales
 
@@ -198,8 +157,8 @@ class Units:
         weights = self._weights(work, block)
         behind: dict[str, Frontier] = {}
         if self.chain.reads_float_stream and block is not self.skeleton.tail:  # the target, even where nothing follows
-            behind["float"] = self._frontier(following or f"{work.name}.behind", "float")
-            self._advance(block, weights, streams["float"], behind["float"])
+            behind["float"] = self.streams.frontier(following or f"{work.name}.behind", "float")
+            self.streams.advance(block, weights, streams["float"], behind["float"])
         unit, notes = self._transformed(self._make(work, block, weights, streams, behind))
         unit = replace(unit, reach=reaches(unit.layers, unit.weights))
         rounded = with_input_scales(unit, self.chain.algorithm.quantize(unit))
@@ -211,12 +170,12 @@ class Units:
         row = self._write(work, unit, weights, rounded, notes, self._cached(work, block, unit, streams["quantized"]))
         seconds = time.perf_counter() - started
         if not is_last:
-            behind["quantized"] = self._frontier(following or "", "quantized")
+            behind["quantized"] = self.streams.frontier(following or "", "quantized")
             found: dict[str, Tensor | Decodable] = dict(unit.weights)
             found |= {layer.tensor: rounded[layer.name].tensor for layer in work.layers}
             del unit, weights, rounded
             give_back()
-            self._advance(block, found, streams["quantized"], behind["quantized"])
+            self.streams.advance(block, found, streams["quantized"], behind["quantized"])
             del found
             behind.setdefault("float", behind["quantized"])
             for frontier in set(behind.values()):
@@ -235,8 +194,7 @@ class Units:
 
         if not work.caches:
             return {}
-        states = (entering.read(samples).to(self.device) for samples in self._batches())
-        return cache_scales(block, work.caches, states, unit.weights)
+        return cache_scales(block, work.caches, self.streams.states(entering), unit.weights)
 
     def _transformed(self, unit: Unit) -> tuple[Unit, list[str]]:
         notes: list[str] = []
@@ -282,10 +240,10 @@ class Units:
             own=weights,
             layers=tuple(layer.name for layer in work.layers),
             streams=seen,
-            samples=self.shape[0],
-            tokens=self.shape[1],
+            samples=self.samples,
+            tokens=self.tokens,
             batch=self.recipe.together,
-            part=self.part,
+            part=self.streams.part,
             device=self.device,
             every_expert=self.recipe.calibrate_all_experts,
             ticker=lambda done, text: self.calibration.tick(work.name, done, text),
@@ -344,15 +302,6 @@ class Units:
         self.shards[number][name].put(name, data)
         return len(data)
 
-    def _advance(
-        self, block: Block | Blocks, weights: Mapping[str, Tensor | Decodable], before: Frontier, behind: Frontier
-    ) -> None:
-        import torch
-
-        with torch.no_grad():
-            for samples in self._batches():
-                behind.write(samples, block.forward(before.read(samples).to(self.device), weights))
-
     def _commit(self, work: Work, row: Row) -> None:
         for by_tensor in self.shards:
             for shard in {id(s): s for s in by_tensor.values()}.values():
@@ -373,18 +322,6 @@ class Units:
                 told |= {"algorithm": self.recipe.algorithm, "unit": row.name, "unit_seconds": round(seconds, 2)}
                 told["peak_memory_bytes"] = peak_memory()
                 file.write(json.dumps(told) + "\n")
-
-    def _frontier(self, name: str, stream: str) -> Frontier:
-        from roundel.calibration.activations import Frontier
-
-        return Frontier(self._path(name, stream), self.shape, self.dtype, in_memory=self.in_memory)
-
-    def _path(self, name: str, stream: str) -> Path:
-        return self.out / f"{name}.{stream}{FRONTIER}"
-
-    def _batches(self) -> Iterator[range]:
-        for start in range(0, int(self.samples), self.part):
-            yield range(start, min(start + self.part, int(self.samples)))
 
     def _float(self, tensor: Tensor) -> Tensor:
         return (tensor.float() if tensor.is_floating_point() else tensor).to(self.device)

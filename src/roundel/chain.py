@@ -9,14 +9,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
+from typing import TypeVar
 
 from roundel.algorithms import ALGORITHMS, Algorithm
 from roundel.errors import RecipeError, nearest
+from roundel.step import Step
 from roundel.transforms import TRANSFORMS, Transform
 
 __all__ = ["Chain", "Option", "Value", "known_options", "make_chain", "names_and_options"]
 
 Value = int | float | bool | str | None
+S = TypeVar("S", bound=Step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,7 @@ class Chain:
     algorithm: Algorithm
 
     @property
-    def steps(self) -> tuple[Transform | Algorithm, ...]:
+    def steps(self) -> tuple[Step, ...]:
         return (*self.transforms, self.algorithm)
 
     @property
@@ -139,7 +142,7 @@ def names_and_options(steps: object) -> tuple[str, dict[str, Value]]:
     return ",".join(names), options
 
 
-def _filled(step: object, name: str, options: Mapping[str, object], common: Mapping[str, Value]):  # type: ignore[no-untyped-def]
+def _filled(step: S, name: str, options: Mapping[str, object], common: Mapping[str, Value]) -> S:
     own = {f.name: f for f in fields(step)}  # type: ignore[arg-type]
     values: dict[str, object] = {key: value for key, value in common.items() if key in own}
     for key, value in options.items():

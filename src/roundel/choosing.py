@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from roundel.checkpoint import Matrix
 from roundel.errors import PlanError, nearest
 from roundel.families.generic import CONV1D
 from roundel.formats import FORMATS, Format
 from roundel.holding import exact_scheme, nearest_scheme, why_not
-from roundel.recipe import Choice, Recipe, matches, scheme_of_entry
+from roundel.recipe import Recipe, matches, scheme_of_entry
+from roundel.scheme import Scheme
 from roundel.unit import Layer
 
-__all__ = ["choose", "choose_conversions", "head_asked", "layers_of", "settle"]
+__all__ = ["Choice", "choose", "choose_conversions", "head_asked", "layers_of", "settle"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The scheme a layer gets (None: it stays in full precision), and where that was decided."""
+
+    scheme: Scheme | None
+    origin: str
 
 
 def head_asked(recipe: Recipe, head: str) -> bool:
@@ -136,6 +145,8 @@ def layers_of(
     recipe: Recipe,
     problems: list[str],
 ) -> list[Layer]:
+    """The layers that are rounded, on the grids of their formats; what transforms, the algorithm or a format refuse is
+    added to the problems."""
     algorithm = recipe.chain.algorithm
     layers: list[Layer] = []
     refused: dict[tuple[str, str], list[Layer]] = {}
@@ -170,8 +181,8 @@ def _arranged(layer: Layer, permutes: bool, formats: Sequence[Format]) -> Layer:
 def _refusal(reason: str, layers: Sequence[Layer]) -> str:
     first, more = layers[0], len(layers) - 1
     others = f" (and {more} more)" if more else ""
-    smaller = [f for f in FORMATS.values() if f.writes and f.name != "fake"]  # which stores all, and saves nothing
-    storing = [f.name for f in smaller if all(f.refuse(layer) is None for layer in layers)]
+    written = [f for f in FORMATS.values() if f.writes and f.keeps_codes]
+    storing = [f.name for f in written if all(f.refuse(layer) is None for layer in layers)]
     named = " or ".join(filter(None, (", ".join(storing[:-1]), *storing[-1:])))
     remedy = f"Use format {named}, " if storing else "Choose another scheme, "
     return (
@@ -181,6 +192,7 @@ def _refusal(reason: str, layers: Sequence[Layer]) -> str:
 
 
 def settle(formats: Sequence[Format], layers: Sequence[Layer], problems: list[str]) -> list[Format]:
+    """Of each format the variant that fits all layers together; the problems of those that have none are added."""
     settled: list[Format] = []
     for format in formats:
         try:

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from roundel.calibrated import frontier_bytes
 from roundel.checkpoint import Checkpoint
 from roundel.families import text_config
 from roundel.planning import Plan, Work
+from roundel.planning.room import frontier_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor

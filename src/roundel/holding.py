@@ -76,7 +76,7 @@ def nearest_scheme(layer: Layer, format: Format, algorithm: Algorithm) -> Scheme
         taken = replace(layer, scheme=scheme)
         if scheme.stores_input_scale or format.refuse(taken) is not None or algorithm.refuse(taken) is not None:
             continue
-        if scheme.input in (None, stored.input) or format.name == "fp8":  # which stores one scheme, inputs and all
+        if scheme.input in (None, stored.input) or format.rounds_inputs:
             return scheme
     return None
 

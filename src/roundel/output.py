@@ -9,8 +9,10 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from roundel.card import model_card, size
 from roundel.errors import OutputError, SourceError
@@ -19,6 +21,7 @@ from roundel.io.safetensors import Shard
 from roundel.io.source import INDEX, Source, small_files
 from roundel.page import PAGE, page, read_costs
 from roundel.planning import Output, Plan
+from roundel.recipe import Recipe
 from roundel.report import LOG, REPORT, Report
 
 __all__ = [
@@ -41,15 +44,15 @@ _WEIGHTS = (".safetensors", ".gguf", ".partial", FRONTIER)
 _OURS = (CONFIG, "quantization_config.json", *_CARDS, INDEX, JOURNAL, _JOURNAL_NEW)
 
 
-def folder_of(out: Path, plan: Plan, output: Output) -> Path:
-    """Where one format goes: the folder itself, or a folder of its own where there are several."""
-    return out if len(plan.outputs) == 1 else out / output.format.name.replace(":", "-")
+def folder_of(out: Path, recipe: Recipe, format: str) -> Path:
+    """Where one of a recipe's formats goes: the folder itself, or a folder of its own where there are several."""
+    return out if len(recipe.formats) == 1 else out / format.replace(":", "-")
 
 
 def is_complete(out: Path, plan: Plan) -> bool:
     """Whether the folder holds the finished output of exactly this plan."""
     for output in plan.outputs:
-        folder = folder_of(out, plan, output)
+        folder = folder_of(out, plan.recipe, output.format.name)
         if read_report(folder).get("fingerprint") != plan.fingerprint:
             return False
         if not (folder / CONFIG).is_file() or not all(_holds(folder / s.name, s.nbytes) for s in output.shards):
@@ -127,7 +130,7 @@ def is_intact(out: Path, plan: Plan, finished: Collection[str]) -> bool:
         return False
     for output in plan.outputs:
         for shard in output.shards:
-            path = folder_of(out, plan, output) / shard.name
+            path = folder_of(out, plan.recipe, output.format.name) / shard.name
             whole = len(finished) == len(plan.works) and _holds(path, shard.nbytes)
             begun = not path.exists() and (not finished or _holds(_partial(path), shard.nbytes))
             if not (whole or begun):
@@ -144,7 +147,7 @@ def _partial(path: Path) -> Path:
 
 
 def _folders(out: Path, plan: Plan) -> list[Path]:
-    return list(dict.fromkeys([out, *(folder_of(out, plan, output) for output in plan.outputs)]))
+    return list(dict.fromkeys([out, *(folder_of(out, plan.recipe, output.format.name) for output in plan.outputs)]))
 
 
 def _ours(folders: Iterable[Path]) -> list[Path]:
@@ -163,7 +166,7 @@ def open_shards(out: Path, plan: Plan) -> list[dict[str, Shard]]:
     out."""
     opened: list[dict[str, Shard]] = []
     for output in plan.outputs:
-        folder = folder_of(out, plan, output)
+        folder = folder_of(out, plan.recipe, output.format.name)
         try:
             folder.mkdir(exist_ok=True)
         except OSError as error:
@@ -181,7 +184,7 @@ def open_shards(out: Path, plan: Plan) -> list[dict[str, Shard]]:
 def finish(out: Path, plan: Plan, source: Source, report: Report) -> None:
     """Everything beside the weights, config.json last. Safe to repeat after a crash."""
     for number, output in enumerate(plan.outputs):
-        folder = folder_of(out, plan, output)
+        folder = folder_of(out, plan.recipe, output.format.name)
         _copy_small_files(source, folder)
         if len(output.shards) > 1:
             index = {
@@ -198,7 +201,7 @@ def finish(out: Path, plan: Plan, source: Source, report: Report) -> None:
     for folder in _folders(out, plan):
         _sync_folder(folder)
     for output in plan.outputs:
-        folder = folder_of(out, plan, output)
+        folder = folder_of(out, plan.recipe, output.format.name)
         _write(folder / CONFIG, json.dumps(_config(source.config, output, plan.untied), indent=2) + "\n")
         _sync_folder(folder)
     for path in out.glob("*" + FRONTIER):
@@ -226,25 +229,23 @@ def _copy_small_files(source: Source, folder: Path) -> None:
             if source.files.files[name] > 1 << 20:
                 continue
             raise
-        target = folder / name
-        fresh = target.with_name(target.name + ".new")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("rb") as old, fresh.open("wb") as new:
-                shutil.copyfileobj(old, new)
-                new.flush()
-                os.fsync(new.fileno())
-            fresh.replace(target)
-        except OSError as error:
-            raise _failed(target, error) from error
+        with _replaced(folder / name) as new, path.open("rb") as old:
+            shutil.copyfileobj(old, new)
 
 
 def _write(path: Path, text: str) -> None:
-    """Replace a file whole, and make it survive a power cut."""
+    with _replaced(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when it is whole, and survives a power cut."""
     fresh = path.with_name(path.name + ".new")
     try:
-        with fresh.open("w", encoding="utf-8") as file:
-            file.write(text)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with fresh.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(path)

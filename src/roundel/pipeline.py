@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from roundel.algorithms import Algorithm, Rounded, Rtn
-from roundel.calibrated import Calibration, Units
+from roundel.calibrated import Units
+from roundel.calibrating import Calibration
 from roundel.checkpoint import Checkpoint
+from roundel.committer import Committer
 from roundel.converting import convert_layer, inexact
 from roundel.errors import NumericsError
 from roundel.fusion import fuses, round_and_pack
@@ -30,6 +32,7 @@ from roundel.matrices import Demoted, as_bytes, errors_in, errors_of, finite, la
 from roundel.memory import free_memory
 from roundel.output import clear, finish, is_intact, open_shards
 from roundel.planning import Copy, Plan, Work
+from roundel.planning.room import expected_peak
 from roundel.regrid import regrid
 from roundel.report import Progress, Report, Row, converted_row, decoded_row, row_of
 from roundel.tensor import TensorSpec, torch_dtype
@@ -41,16 +44,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Demoted", "default_workers", "run"]
 
-FLUSH_BYTES = 32 << 20  # flushed and journaled at least this often, or after FLUSH_SECONDS
-FLUSH_SECONDS = 1.0
-
 
 def default_workers(plan: Plan, device: str = "cpu") -> int:
     """As many as there are cores, while their memory fits in half of what is free."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     free = free_memory() // 2
     workers = max(1, cores if device == "cpu" else 2)
-    while workers > 1 and plan.peak_memory(workers, device) > free:
+    while workers > 1 and expected_peak(plan, workers, device) > free:
         workers -= 1
     return workers
 
@@ -102,7 +102,7 @@ def _run(
             if name in by_tensor:
                 by_tensor[name].put(name, as_bytes(tensor))
     opened = {id(s): s for by_tensor in shards for s in by_tensor.values()}
-    committer = _Committer(journal, tuple(opened.values()))
+    committer = Committer(journal, tuple(opened.values()))
     chain = plan.recipe.chain
     loop = _Loop(
         plan, checkpoint, shards, device, committer, progress, interruption,
@@ -133,54 +133,6 @@ def _run(
     return report
 
 
-class _Committer:
-    """Flushes files and journals finished rows, in its own thread, so that workers never wait for the disk."""
-
-    def __init__(self, journal: Journal, shards: tuple[Shard, ...]) -> None:
-        self._journal, self._shards = journal, shards
-        self._rows: list[dict[str, object]] = []
-        self._nbytes = 0
-        self._wake = threading.Condition()
-        self._closing = False
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._serve, name="committer", daemon=True)
-        self._thread.start()
-
-    def add(self, row: Row) -> None:
-        with self._wake:
-            if self._error is not None:
-                raise self._error
-            self._rows.append(row.to_dict())
-            self._nbytes += sum(row.nbytes)
-            if self._nbytes >= FLUSH_BYTES:
-                self._wake.notify()
-
-    def close(self) -> None:
-        """Commit what is left. Raises what the thread met."""
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def _serve(self) -> None:
-        closing = False
-        while not closing:
-            with self._wake:
-                self._wake.wait_for(lambda: self._closing or self._nbytes >= FLUSH_BYTES, timeout=FLUSH_SECONDS)
-                closing, rows = self._closing, self._rows
-                self._rows, self._nbytes = [], 0
-            if rows:
-                try:
-                    for shard in self._shards:
-                        shard.flush()
-                    self._journal.commit(rows)
-                except BaseException as error:
-                    self._error = error
-                    return
-
-
 @dataclass
 class _Loop:
     """The state that workers share."""
@@ -189,7 +141,7 @@ class _Loop:
     checkpoint: Checkpoint
     shards: list[dict[str, Shard]]
     device: str
-    committer: _Committer
+    committer: Committer
     progress: Progress | None
     interruption: Interruption
     algorithm: Algorithm

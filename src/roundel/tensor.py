@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["FLOAT_DTYPES", "ITEMSIZE", "QuantizedTensor", "TensorSpec", "plain", "spread", "torch_dtype"]
+__all__ = ["FLOAT_DTYPES", "ITEMSIZE", "QuantizedTensor", "TensorSpec", "code_values", "plain", "spread", "torch_dtype"]
 
 ITEMSIZE = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,

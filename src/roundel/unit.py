@@ -236,7 +236,7 @@ class Activations(Protocol):
         """The module's output (the first one, where there are several) with other weights."""
 
     def tick(self, done: float, text: str) -> None:
-        """Tell whoever watches how far the unit is (0 to 1) and what the loss is. Raises Interrupted to stop."""
+        """Tell whoever watches how far the unit is (0 to 1) and what the loss is."""
 
 
 @dataclass(frozen=True)

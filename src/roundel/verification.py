@@ -23,7 +23,7 @@ from roundel.unit import Piece
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Check", "Verification", "verify", "verify_checkpoint"]
+__all__ = ["Check", "Verification", "verify"]
 
 WORST_SQNR = 0.0  # decibel; below it a layer is worse than zeros
 REPORT_TOLERANCE = 0.05  # decibel between what the run reported and what is read back

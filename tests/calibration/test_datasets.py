@@ -28,6 +28,7 @@ from roundel.calibration.reading import read_values
 from roundel.calibration.rows import Chat, Ids, Text, row_of
 from roundel.data.bundled import bundled_model
 from roundel.errors import RecipeError, SourceError
+from roundel.recipe import Recipe
 
 BOS, BREAK, USER, ASSISTANT, SYSTEM = range(1000, 1005)
 SPECIAL = {"<s>": BOS, "\n\n": BREAK, "<user>": USER, "<assistant>": ASSISTANT, "<system>": SYSTEM}
@@ -521,10 +522,10 @@ def test_offline_the_default_says_what_to_pass(
 ) -> None:
     remedy = "NeelNanda/pile-10k cannot be fetched: offline.*does not hold it.*--dataset bundled.*texts.jsonl"
     with pytest.raises(SourceError, match=remedy):
-        calibration_tokens(datasets.DEFAULT_DATASET, model, offline=True)
+        calibration_tokens(Recipe.dataset, model, offline=True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SourceError, match=remedy):
-        calibration_tokens(datasets.DEFAULT_DATASET, model)
+        calibration_tokens(Recipe.dataset, model)
     assert hub.requests == []
 
 

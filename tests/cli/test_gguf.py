@@ -9,7 +9,7 @@ import pytest
 
 import roundel
 from commands import command
-from roundel.calibration.tokens import load_tokenizer
+from roundel.calibration.tokenizer import load_tokenizer
 from roundel.data.bundled import bundled_model
 
 

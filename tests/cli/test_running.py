@@ -11,8 +11,9 @@ import pytest
 
 import roundel
 from commands import command
+from roundel.calibration.tokenizer import load_tokenizer
 from roundel.data.bundled import bundled_model
-from roundel.evaluation.models import continuation, float_model, tokenizer_of
+from roundel.evaluation.models import continuation, float_model
 
 PROMPT = "It was a dark night, and"
 TEMPLATE = (
@@ -40,7 +41,7 @@ def test_generate_writes_what_the_float_model_writes_in_eight_bits(tmp_path: Pat
     roundel.quantize(bundled_model(), tmp_path, scheme="W8A16", workers=1)
     found = command("generate", tmp_path, PROMPT, "--max-new-tokens", 6, "--temperature", 0)
     source = bundled_model()
-    expected = PROMPT + continuation(float_model(source), tokenizer_of(source), PROMPT, 6)
+    expected = PROMPT + continuation(float_model(source), load_tokenizer(source), PROMPT, 6)
     assert (found.code, found.output) == (0, " ".join(expected.split()))
 
 
@@ -64,7 +65,8 @@ def test_chat(rounded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_chat_goes_on_where_it_was(rounded: Path, tmp_path: Path) -> None:
     """The second answer is to the whole conversation."""
-    from roundel.inference.text import Drawing, answered, continued, tokenizer_for
+    from roundel.inference.drawing import Drawing
+    from roundel.inference.text import answered, continued, tokenizer_for
 
     folder = talking(rounded, tmp_path / "talking")
     model = roundel.load(folder)

@@ -10,8 +10,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from roundel.calibration.tokenizer import load_tokenizer
 from roundel.data.bundled import bundled_model, bundled_text
-from roundel.evaluation.models import float_model, logits_of, tokenizer_of
+from roundel.evaluation.models import float_model, logits_of
 from roundel.evaluation.perplexity import perplexity, windows
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +49,7 @@ def test_the_model_folder_is_a_checkpoint() -> None:
 @pytest.mark.parametrize("name", ["calibration", "evaluation"])
 def test_texts_are_plain_lines_of_the_stated_length(name: str) -> None:
     text = bundled_text(name).read_text(encoding="utf-8")
-    tokenizer = tokenizer_of(bundled_model())
+    tokenizer = load_tokenizer(bundled_model())
     assert len(tokenizer.encode(text, add_special_tokens=False, verbose=False)) == TOKENS[name]
     assert text.endswith("\n")
     assert text.splitlines() == text.split("\n")[:-1]
@@ -63,17 +64,18 @@ def test_texts_are_plain_lines_of_the_stated_length(name: str) -> None:
 def test_the_model_recognises_its_own_text() -> None:
     """The first 20 windows; all 100 have perplexity 35.05."""
     text = bundled_text("evaluation").read_text(encoding="utf-8")
-    ids = windows(text, tokenizer_of(bundled_model()), 256)
+    ids = windows(text, load_tokenizer(bundled_model()), 256)
     assert ids.shape == (100, 256)
     assert perplexity(logits_of(float_model(bundled_model())), ids[:20]) == pytest.approx(37.434, abs=0.01)
 
 
 def test_the_first_passage_can_be_sampled_again() -> None:
     tool = sampler()
-    made, tokens = next(tool.passages(tool.writer(), tokenizer_of(bundled_model()), tool.SEEDS["evaluation"], batch=1))
+    tokenizer = load_tokenizer(bundled_model())
+    made, tokens = next(tool.passages(tool.writer(), tokenizer, tool.SEEDS["evaluation"], batch=1))
     stored = bundled_text("evaluation").read_text(encoding="utf-8").partition("\n")[0]
     assert made == stored
-    assert tokens == 1 + len(tokenizer_of(bundled_model()).encode(made, add_special_tokens=False, verbose=False))
+    assert tokens == 1 + len(tokenizer.encode(made, add_special_tokens=False, verbose=False))
 
 
 def test_draws_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:

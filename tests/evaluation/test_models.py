@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from roundel.calibration.tokenizer import load_tokenizer
 from roundel.data.bundled import bundled_model
 from roundel.errors import RecipeError, SourceError
-from roundel.evaluation.models import continuation, decoded_model, draw, float_model, logits_of, tokenizer_of
+from roundel.evaluation.models import continuation, decoded_model, draw, float_model, logits_of
 
 LAYER = "model.layers.1.mlp.down_proj"
 
@@ -73,8 +74,6 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         float_model(altered(tmp_path / "a", {"model.norm.weight": None}))
     with pytest.raises(SourceError, match=r"cannot make a causal language model"):
         float_model(altered(tmp_path / "b", model_type="no_such_model"))
-    with pytest.raises(SourceError, match=r"no tokenizer"):
-        tokenizer_of(tmp_path)
 
 
 def test_loading_is_silent_and_leaves_transformers_as_it_was(capfd: pytest.CaptureFixture[str]) -> None:
@@ -82,7 +81,7 @@ def test_loading_is_silent_and_leaves_transformers_as_it_was(capfd: pytest.Captu
 
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     float_model(bundled_model())
-    tokenizer_of(bundled_model())
+    load_tokenizer(bundled_model())
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
@@ -95,7 +94,7 @@ def test_draw_follows_the_cumulated_distribution() -> None:
 
 
 def test_continuation() -> None:
-    model, tokenizer = float_model(bundled_model()), tokenizer_of(bundled_model())
+    model, tokenizer = float_model(bundled_model()), load_tokenizer(bundled_model())
     greedy = continuation(model, tokenizer, "It was a dark night, and", 12)
     ids = tokenizer.encode("It was a dark night, and", add_special_tokens=False, verbose=False)
     begun = len(ids)

@@ -17,7 +17,7 @@ from formats.test_gguf import tokenized
 from inference.test_loading import expected, near, said
 from models.as_gguf import write_gguf
 from models.pico import build
-from roundel.calibration.tokens import load_tokenizer
+from roundel.calibration.tokenizer import load_tokenizer
 from roundel.checkpoint import Checkpoint, open_checkpoint
 from roundel.data.bundled import bundled_model
 from roundel.errors import SourceError

@@ -97,14 +97,7 @@ def test_every_format(scheme: str, format_: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["fp8 block", "fp8 channel", "mxfp4", "nvfp4", "modelopt", "gpt_oss"])
 def test_checkpoints_of_other_tools(kind: str, tmp_path: Path) -> None:
-    if kind.startswith("fp8"):
-        pico.build_fp8(tmp_path, kind.split()[1])
-    elif kind == "mxfp4":
-        pico.build_mxfp4(tmp_path)
-    elif kind == "gpt_oss":
-        pico.build("gpt_oss", tmp_path)
-    else:
-        pico.build_nvfp4(tmp_path, "modelopt" if kind == "modelopt" else "compressed-tensors")
+    pico.build_foreign(kind, tmp_path)
     agree(tmp_path)
 
 

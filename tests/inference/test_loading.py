@@ -92,16 +92,9 @@ def test_every_scheme_and_format(scheme: str, format_: str, tmp_path: Path) -> N
         assert near(said(roundel.load(folder), ids), expected(folder, ids), share)
 
 
-@pytest.mark.parametrize("kind", ["fp8 block", "fp8 channel", "fp8 tensor", "mxfp4", "nvfp4", "modelopt", "gpt_oss"])
+@pytest.mark.parametrize("kind", pico.FOREIGN)
 def test_checkpoints_of_other_tools(kind: str, tmp_path: Path) -> None:
-    if kind.startswith("fp8"):
-        pico.build_fp8(tmp_path, kind.split()[1])
-    elif kind == "mxfp4":
-        pico.build_mxfp4(tmp_path)
-    elif kind == "gpt_oss":
-        pico.build("gpt_oss", tmp_path)
-    else:
-        pico.build_nvfp4(tmp_path, "modelopt" if kind == "modelopt" else "compressed-tensors")
+    pico.build_foreign(kind, tmp_path)
     model = roundel.load(tmp_path)
     assert {m.backend for m in packed_layers(model).values()} == {"torch" if kind.startswith("fp8") else "numba"}
     assert near(said(model), expected(tmp_path), FEW)

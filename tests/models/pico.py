@@ -22,7 +22,20 @@ from models import packed
 from models.layout import Config, Shapes
 from models.table import PICO
 
-__all__ = ["PICO_TYPES", "build", "build_fp8", "build_mxfp4", "build_nvfp4", "config_of", "shapes_of", "weight_of"]
+__all__ = [
+    "FOREIGN",
+    "PICO_TYPES",
+    "build",
+    "build_foreign",
+    "build_fp8",
+    "build_mxfp4",
+    "build_nvfp4",
+    "config_of",
+    "shapes_of",
+    "weight_of",
+]
+
+FOREIGN = ("fp8 block", "fp8 channel", "fp8 tensor", "mxfp4", "nvfp4", "modelopt", "gpt_oss")
 
 PICO_TYPES: tuple[str, ...] = tuple(PICO)
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # what loaders put in one matrix
@@ -105,6 +118,17 @@ def build_nvfp4(
     weights |= {"dynamic": False, "scale_dtype": "torch.float8_e4m3fn"}
     quantization = _compressed_tensors("nvfp4-pack-quantized", weights, None)
     return _build_packed(folder, quantization, packed.nvfp4, shards, seed, config_overrides)
+
+
+def build_foreign(kind: str, folder: Path) -> Path:
+    """A checkpoint that another tool would have rounded, of one of the kinds of FOREIGN."""
+    if kind.startswith("fp8"):
+        return build_fp8(folder, kind.split()[1])
+    if kind == "mxfp4":
+        return build_mxfp4(folder)
+    if kind == "gpt_oss":
+        return build("gpt_oss", folder)
+    return build_nvfp4(folder, "modelopt" if kind == "modelopt" else "compressed-tensors")
 
 
 def config_of(model_type: str, dtype: str = "bfloat16", **overrides: Any) -> Config:

@@ -10,7 +10,8 @@ from roundel.checkpoint import open_checkpoint
 from roundel.data.bundled import bundled_model
 from roundel.formats.gguf.block_types import BLOCK_TYPES
 from roundel.ops.encode import encode, encode_blocks
-from roundel.ops.search import search, squared_error
+from roundel.ops.search import search
+from roundel.ops.weighted_error import squared_error
 from roundel.scheme import BLOCK_GRIDS
 
 NAMES = ("mlp.down_proj", "mlp.up_proj", "self_attn.q_proj", "self_attn.v_proj")

@@ -15,7 +15,8 @@ from roundel.algorithms.opt_rtn import OptRtn
 from roundel.errors import GridError
 from roundel.ops.blocks import StoredBlocks, as_tensor, round_blocks, round_blocks_reference
 from roundel.ops.encode import encode
-from roundel.ops.search import search, squared_error
+from roundel.ops.search import search
+from roundel.ops.weighted_error import squared_error
 from roundel.scheme import BLOCK_GRIDS, PRESETS
 from roundel.unit import Layer, Stored
 

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from roundel.ops.encode import encode
+from roundel.ops.learned_descent import descend, gradients
 from roundel.ops.learned_rounding import (
     LARGEST_FACTOR,
     Learned,
     begin,
-    descend,
     finish,
     fit_range,
-    gradients,
     round_matrix,
     round_matrix_reference,
 )

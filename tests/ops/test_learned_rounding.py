@@ -11,19 +11,15 @@ from torch import Tensor
 from ops.cases import KINDS, SHAPES, grids, weights
 from roundel.ops.encode import encode, encode_reference
 from roundel.ops.fit import SMALLEST_SCALE
+from roundel.ops.learned_descent import FIRST, SECOND, descend, gradients, remember
 from roundel.ops.learned_rounding import (
-    FIRST,
     LARGEST_FACTOR,
     LARGEST_NARROW,
-    SECOND,
     Learned,
     _stored,
     begin,
-    descend,
     finish,
     fit_range,
-    gradients,
-    remember,
     round_matrix,
     round_matrix_reference,
 )

@@ -13,7 +13,8 @@ from torch import Tensor
 from ops.cases import KINDS, SHAPES, grids, weights
 from roundel.ops.encode import encode, encode_reference
 from roundel.ops.numba.search import search_tensor
-from roundel.ops.search import search, search_reference, squared_error
+from roundel.ops.search import search, search_reference
+from roundel.ops.weighted_error import squared_error
 from roundel.scheme import ELEMENTS, PRESETS, Grid, Scheme
 from roundel.tensor import QuantizedTensor
 

@@ -23,7 +23,8 @@ import roundel
 from cli.test_running import TEMPLATE
 from commands import command
 from roundel.data.bundled import bundled_model
-from roundel.inference.text import Drawing, answered, continued, tokenizer_for
+from roundel.inference.drawing import Drawing
+from roundel.inference.text import answered, continued, tokenizer_for
 
 PROMPT = "It was a dark night, and"
 GREEDY = {"model": "out", "temperature": 0, "max_tokens": 12}

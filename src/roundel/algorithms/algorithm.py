@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
+from roundel.step import Step
 from roundel.tensor import QuantizedTensor
 from roundel.unit import Inputs, Layer, Unit
 
@@ -32,20 +33,8 @@ class Rounded:
     inputs: Inputs | None = None
 
 
-class Algorithm(Protocol):
-    """A frozen dataclass that inherits from this: its fields are the hyperparameters and their defaults.
-
-    Fields are int, float, bool, str or None unions of these, so that they can stand in a recipe and on a command line;
-    `__post_init__` raises RecipeError for a value that makes no sense.
-    """
-
-    name: ClassVar[str]
-    summary: ClassVar[str]
-    paper: ClassVar[str]
-
-    @property
-    def reads_activations(self) -> bool:
-        """False for all algorithms and transforms of a plan: no model is ever built."""
+class Algorithm(Step, Protocol):
+    """Chooses codes. See Step for what its fields are."""
 
     @property
     def measures_importances(self) -> bool:
@@ -53,9 +42,10 @@ class Algorithm(Protocol):
         return False
 
     @property
-    def reads_float_stream(self) -> bool:
-        """Whether it asks for the streams "float" and "target" beside "quantized"."""
-        return False
+    def imatrix(self) -> bool | str | None:
+        """Importances that weights are counted by: True where it measures them, the path of a file of llama.cpp's where
+        they stand there (`Unit.known`), or none. Declared as a field it is a hyperparameter."""
+        return None
 
     @property
     def blocks_at_a_time(self) -> int:
@@ -67,22 +57,9 @@ class Algorithm(Protocol):
         """Whether columns are put into groups that do not lie side by side, so that a format must store an index."""
         return False
 
-    def passes(self, samples: int, batch: int) -> float:
-        """What it costs, in forward passes of a unit over all samples; a backward pass counts two. For estimates."""
-        return 1.0 if self.reads_activations else 0.0
-
     @property
     def copies(self) -> float:
-        """Float32 copies of a unit's weights, or what takes as much, that are held beside these. For estimates."""
         return 0.25
-
-    def learns_on(self, batch: int, part: int) -> int:
-        """Samples it runs forward and backward at once, where a step has `batch` and `part` are run together; 0 where
-        it only runs forward. For estimates."""
-        return 0
-
-    def refuse(self, layer: Layer) -> str | None:
-        """Why this layer is out of reach, or None. Asked at plan time."""
 
     def quantize(self, unit: Unit) -> dict[str, Rounded]:
         """One result for each of unit.layers, by layer name. Returns values; changes nothing."""

@@ -1,5 +1,5 @@
 """The loop of SignRound: run the unit on learned weights, go back through it, step. What a step does to a matrix is in
-`roundel.ops.learned_rounding`; the hyperparameters are the fields of `SignRound`.
+`roundel.ops.learned_descent`; the hyperparameters are the fields of `SignRound`.
 
 A matrix is rounded when its layer runs, and once more on the way back; it steps as soon as its gradient is there. So
 beside the weights as they are stored a unit holds their shifts, and of one layer at a time the rounded weights and
@@ -21,7 +21,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from roundel.algorithms.algorithm import Rounded
 from roundel.algorithms.inputs import Inputs, mean_squares
 from roundel.ops.encode import encode
-from roundel.ops.learned_rounding import Learned, begin, descend, finish, fit_range, remember, round_matrix
+from roundel.ops.learned_descent import descend, remember
+from roundel.ops.learned_rounding import Learned, begin, finish, fit_range, round_matrix
 from roundel.ops.search import search
 from roundel.ops.unbiased import unbiased
 from roundel.tensor import QuantizedTensor

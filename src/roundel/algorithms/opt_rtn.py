@@ -77,8 +77,9 @@ class OptRtn(Algorithm):
 
     def _one(self, unit: Unit, layer: Layer, inputs: Inputs | None, threads: int) -> Rounded:
         from roundel.ops.encode import encode
-        from roundel.ops.search import Searched, search, squared_error
+        from roundel.ops.search import Searched, search
         from roundel.ops.unbiased import unbiased
+        from roundel.ops.weighted_error import squared_error
 
         importance, fallback = None, None
         tokens = inputs.tokens if inputs is not None else 0

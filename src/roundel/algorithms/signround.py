@@ -1,7 +1,8 @@
 """SignRound: shifts and ranges learned by signed gradient descent on the output error of a decoder block.
 
 Source: Cheng et al. 2023, "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of LLMs"
-(arXiv 2309.05516), algorithm 1. The loop is in `descent.py`, the arithmetic in `roundel.ops.learned_rounding`.
+(arXiv 2309.05516), algorithm 1. The loop is in `descent.py`, the arithmetic in `roundel.ops.learned_rounding`
+and `learned_descent`.
 
 Three things differ from the paper, each because it lowers the error at the same number of steps. Learning starts from
 scales that were searched for (`start`), the range factors multiply those. The best state is not the one whose batch

@@ -7,8 +7,7 @@ Code that ships inside a checkpoint seldom has that call's rules, so its buffers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from roundel.calibration.quiet import quiet
 from roundel.errors import PlanError
 
-__all__ = ["empty_model", "fill_buffers", "quiet"]
+__all__ = ["WRONG", "empty_model", "fill_buffers"]
 
 UNLIKE_LOADING = ("quantization_config", "torch_dtype", "dtype")  # settings of a stored file, not of the class
 DEFINITE = (
@@ -85,20 +85,6 @@ def fill_buffers(model: nn.Module, stored: Collection[str], device: str) -> None
                 "algorithm that looks at no data, such as opt-rtn."
             )
         _put(model, name, buffer.to(device))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """transformers without warnings, for the time of a block."""
-    import transformers
-
-    logging: Any = transformers.logging
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 class _Definite(TorchFunctionMode):

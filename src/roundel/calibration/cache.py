@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from roundel.calibration.tokens import Tokenizer
+from roundel.calibration.tokenizer import Tokenizer
 
 __all__ = ["cache_folder", "read_samples", "sha256_of_tokens", "tokenizer_identity", "write_samples"]
 

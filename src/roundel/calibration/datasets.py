@@ -24,12 +24,13 @@ from roundel.calibration.grammar import Entry, parse_datasets
 from roundel.calibration.origins import Origin, known_names, origin_of, origin_of_rows
 from roundel.calibration.reading import kind_of
 from roundel.calibration.rows import POOL, Row
-from roundel.calibration.tokens import Encoder, Tally, Tokenizer, Tokens, cut_joined, cut_rows, load_tokenizer
+from roundel.calibration.tokenizer import Tokenizer, load_tokenizer
+from roundel.calibration.tokens import Encoder, Tally, Tokens, cut_joined, cut_rows
 from roundel.errors import RecipeError
+from roundel.recipe import Recipe
 
-__all__ = ["DEFAULT_DATASET", "Samples", "calibration_tokens"]
+__all__ = ["Samples", "calibration_tokens"]
 
-DEFAULT_DATASET = "NeelNanda/pile-10k"
 _LAYOUT = 1  # of what is cached: raised whenever the same wish gives other tokens than before
 
 
@@ -71,9 +72,9 @@ def calibration_tokens(
     dataset: str | Sequence[object] | Tensor,
     tokenizer: Path | str | Tokenizer | None,
     *,
-    nsamples: int = 128,
-    seqlen: int = 2048,
-    seed: int = 42,
+    nsamples: int = Recipe.nsamples,
+    seqlen: int = Recipe.seqlen,
+    seed: int = Recipe.seed,
     cache: Path | None = None,
     offline: bool = False,
     trust_remote_code: bool = False,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from roundel.errors import PlanError
 
-__all__ = ["experts_and_inputs", "experts_prefix", "unfuse"]
+__all__ = ["Projection", "experts_and_inputs", "experts_prefix", "unfuse"]
 
 Gating = Callable[[Tensor, Tensor], Tensor]
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from roundel.calibration.architecture import empty_model, fill_buffers, quiet
+from roundel.calibration.architecture import empty_model, fill_buffers
 from roundel.calibration.block import Block, Weights
 from roundel.calibration.experts import unfuse
 from roundel.calibration.late import stand_ins
+from roundel.calibration.quiet import quiet
 from roundel.calibration.recorder import Heard, Kind, Recorder, Stop, Watch, zeros_of
 from roundel.calibration.spelling import Spelling, spelling_of
 from roundel.errors import PlanError, SourceError

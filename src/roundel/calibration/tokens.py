@@ -10,31 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from roundel.calibration.rows import Chat, Ids, Row, Text
+from roundel.calibration.tokenizer import Tokenizer
 from roundel.errors import RecipeError, SourceError
-from roundel.formats.gguf.source import tokenizer_home
 
-__all__ = ["Encoder", "Tally", "Tokenizer", "cut_joined", "cut_rows", "load_tokenizer"]
+__all__ = ["SEPARATOR", "Encoder", "Tally", "Tokens", "cut_joined", "cut_rows"]
 
 Tokens = npt.NDArray[np.int64]
 SEPARATOR = "\n\n"  # between joined texts
-
-
-class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that is used here."""
-
-    chat_template: Any
-
-    def encode(self, text: str, *, add_special_tokens: bool, verbose: bool) -> list[int]: ...
-    def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
-    ) -> Any: ...
 
 
 @dataclass
@@ -193,29 +180,6 @@ def cut_joined(
             for start in range(0, whole, body):
                 yield from _kept(joined[start : start + body], before, after, tally)
     tally.rest = sum(len(tokens) for tokens in (*waiting[True], *waiting[False]))
-
-
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
-    """The tokenizer of a model's folder or GGUF file; nothing is fetched.
-
-    trust_remote_code   whether code in the folder may run
-    Raises SourceError when there is none that can be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        with tokenizer_home(folder) as home:
-            loaded: Any = AutoTokenizer.from_pretrained(
-                home, local_files_only=True, trust_remote_code=trust_remote_code
-            )
-    except (OSError, ValueError) as error:
-        code = "" if trust_remote_code else " If it needs code of its own that you trust, pass --trust-remote-code."
-        raise SourceError(
-            f"{folder} holds no tokenizer that can be read ({error}). Copy the model's tokenizer files there, or give "
-            f"token ids.{code}"
-        ) from error
-    tokenizer: Tokenizer = loaded
-    return tokenizer
 
 
 def _special_tokens(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -10,7 +10,7 @@ import click
 from roundel.cli.running import drawing_options, write
 
 if TYPE_CHECKING:
-    from roundel.inference.text import Drawing
+    from roundel.inference.drawing import Drawing
 
 __all__ = ["chat"]
 

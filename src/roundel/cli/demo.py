@@ -10,7 +10,7 @@ import click
 if TYPE_CHECKING:
     from torch import nn
 
-    from roundel.evaluation.perplexity import Tokenizer
+    from roundel.calibration.tokenizer import Tokenizer
 
 __all__ = ["demo"]
 
@@ -45,12 +45,13 @@ def _run(scheme: str, out: Path, prompt: str) -> None:
     from rich.status import Status
 
     from roundel.api import quantize
+    from roundel.calibration.tokenizer import load_tokenizer
     from roundel.checkpoint import open_checkpoint
     from roundel.cli.measuring import MeasuringBar, measured_table
     from roundel.cli.show import console
     from roundel.data.bundled import bundled_model
     from roundel.evaluation.measure import measure
-    from roundel.evaluation.models import decoded_model, float_model, tokenizer_of
+    from roundel.evaluation.models import decoded_model, float_model
 
     source = bundled_model()
     with Status("rounding", console=console) as status:
@@ -64,7 +65,7 @@ def _run(scheme: str, out: Path, prompt: str) -> None:
     weights = {name: checkpoint.decode(name) for name in checkpoint.layers}
     checkpoint.close()
     console.print(f"{len(weights)} matrices rounded; the files were read back and hold what they should.\n")
-    _write({"bfloat16": float_model(source), scheme: decoded_model(out, weights)}, tokenizer_of(source), prompt)
+    _write({"bfloat16": float_model(source), scheme: decoded_model(out, weights)}, load_tokenizer(source), prompt)
 
 
 def _verify(out: Path, source: Path) -> None:

@@ -125,6 +125,7 @@ def said(mean: Mean, digits: int, *, signed: bool = False) -> str:
 
 
 def print_notes(notes: Sequence[str]) -> None:
+    """A line for each."""
     from rich.markup import escape
 
     from roundel.cli.show import console

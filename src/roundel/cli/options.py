@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from roundel.algorithms import SignRound
+from roundel.chain import Option, known_options
+from roundel.errors import RecipeError, nearest
+from roundel.recipe import RECIPES, TOGETHER, Recipe, parse_layer_config
 
 __all__ = ["recipe_from", "recipe_options"]
 
@@ -14,14 +20,16 @@ _PREFIX = "step_"  # of the parameter names of hyperparameters
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _OPTIONS = (
-    click.option("--scheme", metavar="NAME", help="W4A16, MXFP4 ..., or W<bits>A16[G<group>][_ASYM]. [default: W4A16]"),
+    click.option(
+        "--scheme", metavar="NAME", help=f"W4A16, MXFP4 ..., or W<bits>A16[G<group>][_ASYM]. [default: {Recipe.scheme}]"
+    ),
     click.option("--bits", type=int, help="Replace the scheme's bits: 2 to 8."),
     click.option("--group-size", type=int, help="Replace the scheme's group size; -1 is one scale per row."),
     click.option("--sym/--asym", default=None, help="Replace the scheme's symmetry. [default: symmetric]"),
     click.option(
         "--algorithm",
         metavar="NAME[,NAME]",
-        help="What chooses the codes, transforms before it: gptq, awq,signround ... [default: rtn]",
+        help=f"What chooses the codes, transforms before it: gptq, awq,signround ... [default: {Recipe.algorithm}]",
     ),
     click.option(
         "--recipe",
@@ -32,17 +40,22 @@ _OPTIONS = (
         "--dataset",
         metavar="SPEC",
         help="Calibration text, where the algorithm reads data: files, Hub names, or 'bundled'; NAME:num=64,NAME ... "
-        "[default: NeelNanda/pile-10k]",
+        f"[default: {Recipe.dataset}]",
     ),
-    click.option("--nsamples", type=int, help="Calibration samples. [default: 128]"),
-    click.option("--seqlen", type=int, help="Tokens of a sample. [default: 2048, or what the model takes]"),
+    click.option("--nsamples", type=int, help=f"Calibration samples. [default: {Recipe.nsamples}]"),
+    click.option("--seqlen", type=int, help=f"Tokens of a sample. [default: {Recipe.seqlen}, or what the model takes]"),
     click.option(
         "--batch-size",
         type=int,
-        help="Samples run together, and taken for a step of learning. [default: 8; for signround's steps 4]",
+        help=f"Samples run together, and taken for a step of learning. [default: {TOGETHER}; for signround's steps "
+        f"{SignRound.batch_size}]",
     ),
-    click.option("--seed", type=int, help="Of the samples' order and of all that is drawn. [default: 42]"),
-    click.option("--activation-dtype", metavar="DTYPE", help="Of activations between blocks. [default: float32]"),
+    click.option("--seed", type=int, help=f"Of the samples' order and of all that is drawn. [default: {Recipe.seed}]"),
+    click.option(
+        "--activation-dtype",
+        metavar="DTYPE",
+        help=f"Of activations between blocks. [default: {Recipe.activation_dtype}]",
+    ),
     click.option(
         "--calibrate-all-experts",
         is_flag=True,
@@ -53,7 +66,7 @@ _OPTIONS = (
         "--format",
         "formats",
         metavar="NAME[,NAME]",
-        help="Format to write; several are written in one pass, a folder each. [default: auto_round]",
+        help=f"Format to write; several are written in one pass, a folder each. [default: {Recipe.formats[0]}]",
     ),
     click.option(
         "--layer-config",
@@ -67,7 +80,7 @@ _OPTIONS = (
         metavar="fp8",
         help="Store scales, measured on calibration text, with which runtimes keep keys and values in FP8.",
     ),
-    click.option("--shard-size", metavar="SIZE", help="Largest output file. [default: 5GB]"),
+    click.option("--shard-size", metavar="SIZE", help=f"Largest output file. [default: {Recipe.shard_size}]"),
     click.option("--strict", is_flag=True, default=None, help="A fallback is an error instead of a row of the report."),
     click.option(
         "--recipe-file",
@@ -92,8 +105,6 @@ def recipe_options(command: Command) -> Command:
 
 
 def _hyperparameters() -> list[Callable[[Command], Command]]:
-    from roundel.chain import known_options
-
     made: list[Callable[[Command], Command]] = []
     for name, option in known_options().items():
         if name in ("seed", "batch_size"):
@@ -111,7 +122,7 @@ def _hyperparameters() -> list[Callable[[Command], Command]]:
     return made
 
 
-def _told(option: Any) -> dict[tuple[object, str], list[str]]:
+def _told(option: Option) -> dict[tuple[object, str], list[str]]:
     """(default, description) -> the algorithms that say so."""
     found: dict[tuple[object, str], list[str]] = {}
     for owner, said in option.owners.items():
@@ -119,40 +130,17 @@ def _told(option: Any) -> dict[tuple[object, str], list[str]]:
     return found
 
 
-def recipe_from(options: dict[str, Any]) -> Any:
+def recipe_from(options: dict[str, Any]) -> Recipe:
     """Options, over the recipe file's, over the defaults. Takes the recipe's options out of `options`.
 
     Raises RecipeError.
     """
-    from roundel.errors import RecipeError, nearest
-    from roundel.recipe import RECIPES, Recipe, parse_layer_config
-
     named = options.pop("recipe")
     if named is not None and named not in RECIPES:
         raise RecipeError(f"Unknown recipe {named!r}.{nearest(named, RECIPES)} Known are {', '.join(RECIPES)}.")
     path = options.pop("recipe_file")
-    names = (
-        "scheme",
-        "bits",
-        "group_size",
-        "sym",
-        "algorithm",
-        "dataset",
-        "nsamples",
-        "seqlen",
-        "batch_size",
-        "seed",
-        "activation_dtype",
-        "calibrate_all_experts",
-        "formats",
-        "layer_config",
-        "ignore_layers",
-        "quant_lm_head",
-        "kv_cache",
-        "shard_size",
-        "strict",
-    )
-    given = {name: value for name in names if (value := options.pop(name)) is not None}
+    asked = [field.name for field in fields(Recipe) if field.name in options]
+    given = {name: value for name in asked if (value := options.pop(name)) is not None}
     if "layer_config" in given:
         given["layer_config"] = parse_layer_config(given["layer_config"])
     base = Recipe.load(path).to_dict() if path is not None else {}

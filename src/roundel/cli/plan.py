@@ -14,7 +14,7 @@ from roundel.cli.options import recipe_from, recipe_options
 if TYPE_CHECKING:
     from roundel.planning import Plan
 
-__all__ = ["plan"]
+__all__ = ["plan", "plan_as_dict"]
 
 
 @click.command(short_help="Show what quantize would do, without reading a weight.")
@@ -67,13 +67,15 @@ def plan(
 
 def plan_as_dict(made: Plan, workers: int, device: str) -> dict[str, object]:
     """Everything a plan knows, ready for JSON."""
+    from roundel.planning.room import expected_peak
+
     return {
         "source": made.source_name,
         "family": made.family,
         "fingerprint": made.fingerprint,
         "recipe": made.recipe.to_dict(),
         "bits_per_weight": made.bits_per_weight,
-        "peak_memory_bytes": made.peak_memory(workers, device),
+        "peak_memory_bytes": expected_peak(made, workers, device),
         "workers": workers,
         "notes": list(made.notes),
         "layers": [

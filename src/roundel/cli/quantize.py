@@ -66,13 +66,12 @@ def quantize(
     from rich.markup import escape
 
     from roundel.api import (
-        calibration_of,
         check_device,
         downloads,
-        importances_to,
         quantize_checkpoint,
         remove_downloads,
     )
+    from roundel.calibrating import calibration_of, importances_to
     from roundel.checkpoint import open_checkpoint
     from roundel.cli.show import console, print_report
     from roundel.output import is_complete

@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from roundel.inference.drawing import Drawing
+
 __all__ = ["drawing_options", "loaded", "write"]
 
 
@@ -19,7 +21,9 @@ def drawing_options(command: Callable[..., None]) -> Callable[..., None]:
     options = (
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, xpu."),
         click.option("--backend", help="What multiplies by rounded weights; chosen by itself unless named."),
-        click.option("--max-new-tokens", "tokens", type=int, default=256, show_default=True, help="Written at most."),
+        click.option(
+            "--max-new-tokens", "tokens", type=int, default=Drawing.tokens, show_default=True, help="Written at most."
+        ),
         click.option(
             "--temperature", type=float, help="0 for the likeliest tokens; as the checkpoint says by default."
         ),
@@ -40,8 +44,6 @@ def drawing_options(command: Callable[..., None]) -> Callable[..., None]:
         trust_remote_code: bool,
         **own: Any,
     ) -> None:
-        from roundel.inference.text import Drawing
-
         drawing = Drawing(tokens=tokens, temperature=temperature, top_p=top_p, seed=seed)
         command(**own, drawing=drawing, load=lambda: loaded(path, device, backend, trust_remote_code))
 

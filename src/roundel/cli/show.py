@@ -12,6 +12,7 @@ from rich.table import Table
 from roundel.card import size
 from roundel.page import decibel, fallbacks, relative_error
 from roundel.planning import Plan
+from roundel.planning.room import expected_peak, unit_memory
 from roundel.report import Report
 
 __all__ = ["console", "decibel", "duration", "folded", "print_plan", "print_report", "table"]
@@ -83,7 +84,8 @@ def print_plan(plan: Plan, workers: int, device: str) -> None:
         for shard in output.shards:
             console.print(f"  {shard.name}  {size(shard.nbytes)}")
     console.print(
-        f"peak memory about {size(plan.peak_memory(workers, device))} with {workers} worker{'s' if workers > 1 else ''}"
+        f"peak memory about {size(expected_peak(plan, workers, device))} with {workers} "
+        f"worker{'s' if workers > 1 else ''}"
     )
 
 
@@ -100,7 +102,7 @@ def _print_units(plan: Plan, device: str) -> None:
         f"calibrated on {escape(recipe.dataset)}: {recipe.nsamples} samples of {recipe.seqlen} tokens, "
         f"{recipe.together} at a time, seed {recipe.seed}"
     )
-    weights, activations = plan.unit_memory(device)
+    weights, activations = unit_memory(plan, device)
     console.print(
         f"one unit at a time in memory: about {size(weights)} of weights and what is made of them, "
         f"{size(activations)} of activations\n"

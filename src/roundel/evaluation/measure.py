@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from roundel.api import check_device
-from roundel.calibrated import Offload
+from roundel.calibrating import Offload
 from roundel.calibration.activations import Frontier
 from roundel.errors import PlanError, RecipeError, SourceError
 from roundel.evaluation.judging import Verdict

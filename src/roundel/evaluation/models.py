@@ -7,22 +7,21 @@ is run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from roundel.calibration.tokens import load_tokenizer
+from roundel.calibration.quiet import quiet
+from roundel.calibration.tokenizer import Tokenizer
 from roundel.checkpoint import Checkpoint, open_checkpoint
 from roundel.errors import RecipeError, SourceError
-from roundel.evaluation.perplexity import Tokenizer
 from roundel.tensor import FLOAT_DTYPES, torch_dtype
 from roundel.unit import Piece
 
-__all__ = ["continuation", "decoded_model", "draw", "float_model", "logits_of", "tokenizer_of"]
+__all__ = ["continuation", "decoded_model", "draw", "float_model", "logits_of"]
 
 
 def float_model(folder: Path) -> nn.Module:
@@ -48,7 +47,7 @@ def decoded_model(source_folder: Path, weights: Mapping[str, Tensor]) -> nn.Modu
     finally:
         checkpoint.close()
     settings = {key: value for key, value in source.config.items() if key != "quantization_config"}
-    with _quiet():
+    with quiet():
         return _assembled(source.name, settings, tensors)
 
 
@@ -60,14 +59,6 @@ def logits_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
         return result
 
     return logits
-
-
-def tokenizer_of(folder: Path) -> Tokenizer:
-    """The checkpoint's tokenizer. Raises SourceError when there is none that can be read."""
-    with _quiet():
-        loaded: Any = load_tokenizer(folder)
-    tokenizer: Tokenizer = loaded
-    return tokenizer
 
 
 def continuation(
@@ -166,20 +157,3 @@ def _assembled(name: str, settings: Mapping[str, Any], tensors: dict[str, Tensor
             f"{name} lacks {missing[0]!r} ({len(missing)} such tensors). Fetch or copy the checkpoint again."
         )
     return model.eval()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers without progress bars and warnings, for the time of a block."""
-    import transformers
-
-    logging: Any = transformers.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

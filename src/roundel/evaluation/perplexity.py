@@ -8,27 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from roundel.calibration.tokenizer import Tokenizer
 from roundel.errors import RecipeError
 from roundel.evaluation.judging import Verdict, judge
 from roundel.evaluation.means import mean_of, percentile_of
 
-__all__ = ["BATCH", "Comparison", "Logits", "Tokenizer", "compare", "perplexity", "windows"]
+__all__ = ["BATCH", "HIGH", "Comparison", "Logits", "compare", "perplexity", "windows"]
 
 Logits = Callable[[Tensor], Tensor]
 BATCH = 4  # windows in one call; what is held is their logits
 HIGH = 0.999  # the percentile that is told beside the mean
-
-
-class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that is used here."""
-
-    def encode(self, text: str, *, add_special_tokens: bool, verbose: bool) -> list[int]: ...
-    def decode(self, token_ids: list[int]) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,15 +6,15 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from roundel.calibrated import Offload
+from roundel.calibrating import Offload
 from roundel.errors import OutputError, PlanError
 from roundel.evaluation.subject import Subject
 from roundel.evaluation.text import Passage
 from roundel.evaluation.travel import slab_bytes
 from roundel.memory import free_memory
-from roundel.planning import PART_TOKENS
+from roundel.planning.room import PART_TOKENS
 
-__all__ = ["frontiers_in_memory", "working_bytes"]
+__all__ = ["frontiers_in_memory"]
 
 KEPT = 2  # of what a block's matrices are given and hand on, at once: attention holds scores beside it
 

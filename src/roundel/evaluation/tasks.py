@@ -17,15 +17,15 @@ from typing import Any
 import torch
 
 from roundel.api import check_device
-from roundel.calibration.architecture import quiet
-from roundel.calibration.tokens import load_tokenizer
+from roundel.calibration.quiet import quiet
+from roundel.calibration.tokenizer import load_tokenizer
 from roundel.checkpoint import open_checkpoint
 from roundel.errors import PlanError, RecipeError, nearest
 from roundel.evaluation.means import Mean, mean_of
 from roundel.evaluation.models import decoded_model
 from roundel.memory import free_memory
 
-__all__ = ["RUNTIMES", "Score", "TaskRun", "differences", "run_tasks", "vllm_arguments"]
+__all__ = ["Score", "TaskRun", "differences", "run_tasks", "vllm_arguments"]
 
 RUNTIMES = ("hf", "vllm")  # backends of lm-evaluation-harness
 

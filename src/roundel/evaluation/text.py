@@ -18,7 +18,8 @@ from torch import Tensor
 from roundel.calibration.grammar import Entry, parse_datasets
 from roundel.calibration.origins import Origin, origin_of
 from roundel.calibration.rows import POOL, Ids
-from roundel.calibration.tokens import SEPARATOR, Encoder, Tally, Tokenizer, Tokens, load_tokenizer
+from roundel.calibration.tokenizer import Tokenizer, load_tokenizer
+from roundel.calibration.tokens import SEPARATOR, Encoder, Tally, Tokens
 from roundel.errors import RecipeError
 
 __all__ = ["WINDOW", "Passage", "read_passage"]

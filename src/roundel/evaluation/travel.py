@@ -16,7 +16,7 @@ from roundel.errors import NumericsError
 from roundel.evaluation.judging import Verdict, judge
 from roundel.evaluation.subject import Subject
 from roundel.evaluation.text import Passage
-from roundel.planning import PART_TOKENS
+from roundel.planning.room import PART_TOKENS
 from roundel.unit import Decodable
 
 __all__ = ["judged", "slab_bytes", "through_blocks"]

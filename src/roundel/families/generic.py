@@ -19,7 +19,6 @@ __all__ = [
     "HEAD",
     "INNER",
     "KEPT",
-    "LATENT_SPACES",
     "MTP",
     "NORM",
     "ROUTER",

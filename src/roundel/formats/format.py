@@ -101,6 +101,7 @@ class Format(Protocol):
     caches: ClassVar[bool] = False  # whether CACHE_PARTS of attention modules have a place
     embeds: ClassVar[bool] = False  # whether readers take an embedding that is rounded
     keeps_codes: ClassVar[bool] = True  # whether what is stored are codes, not floats that are rounded once more
+    rounds_inputs: ClassVar[bool] = False  # whether readers round the inputs of every layer, whatever they were before
 
     def for_model(self, model: Model) -> Format:
         """The format for this model. Raises PlanError where it has no place for it."""

@@ -42,6 +42,7 @@ class Fp8(Format):
 
     name: ClassVar[str] = "fp8"
     summary: ClassVar[str] = "FP8 with block scales, as DeepSeek ships it: transformers, vLLM, SGLang"
+    rounds_inputs: ClassVar[bool] = True
     quantization: Mapping[str, object] = field(default_factory=dict)
 
     def refuse(self, layer: Layer) -> str | None:

@@ -32,8 +32,7 @@ from roundel.unit import Layer
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["BITS", "GROUPS", "Mlx", "decode_mlx", "find_mlx", "flat_rope", "mlx_fields", "mlx_outputs", "pack_mlx",
-           "refuse_mlx", "unpack_mlx"]  # fmt: skip
+__all__ = ["BITS", "GROUPS", "Mlx", "find_mlx", "flat_rope"]  # fmt: skip
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "BITS",
     "check_index",
     "find_words",
     "pack_columns",

@@ -18,7 +18,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["METHODS", "register", "register_when_imported"]
+__all__ = ["register", "register_when_imported"]
 
 TABLES = "transformers.quantizers.auto"  # the module that has the tables
 METHODS: Mapping[str, tuple[str, ...]] = {  # quant_method -> packages with which transformers runs it packed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from roundel.calibration.architecture import quiet
+from roundel.calibration.quiet import quiet
+from roundel.calibration.tokenizer import load_tokenizer
 from roundel.errors import RecipeError, SourceError
-from roundel.formats.gguf.source import tokenizer_home
+from roundel.inference.drawing import Drawing
 
 __all__ = [
-    "Drawing",
     "Turns",
     "Write",
     "Written",
@@ -35,15 +34,7 @@ Write = Callable[[str], None]
 
 def tokenizer_for(folder: str | Path, model: nn.Module, *, trust_remote_code: bool = False) -> Any:
     """The checkpoint's tokenizer. Raises SourceError when there is none, or it has tokens that the model has not."""
-    from transformers import AutoTokenizer
-
-    with quiet(), tokenizer_home(folder) as home:
-        try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(home, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SourceError(
-                f"{folder} holds no tokenizer that can be read ({error}). Copy the model's tokenizer files there."
-            ) from error
+    tokenizer: Any = load_tokenizer(folder, trust_remote_code, fetch=True)
     known: Any = model
     embedding, highest = known.get_input_embeddings(), max(tokenizer.get_vocab().values(), default=-1)
     rows = getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
@@ -53,41 +44,6 @@ def tokenizer_for(folder: str | Path, model: nn.Module, *, trust_remote_code: bo
             "belongs to another model; copy the right tokenizer files there."
         )
     return tokenizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """How tokens are chosen.
-
-    tokens        at most so many; fewer when the model ends
-    temperature   0 takes the likeliest token each time; None: as the checkpoint's generation_config says
-    top_p         only the likeliest tokens that together have this probability; None: as temperature
-    seed          of what is drawn; None: another text each time
-    """
-
-    tokens: int = 256
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise RecipeError(f"{self.tokens} tokens are none to write. Ask for 1 or more.")
-        if self.temperature is not None and not 0 <= self.temperature < math.inf:
-            raise RecipeError(f"A temperature of {self.temperature} is not possible. Use 0 or more.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise RecipeError(f"top_p={self.top_p} is not possible. Use a number above 0, at most 1.")
-
-    def options(self, room: int) -> dict[str, Any]:
-        """What `generate` is told, when there is room for so many tokens."""
-        found: dict[str, Any] = {"max_new_tokens": min(self.tokens, room)}
-        if self.temperature == 0:
-            return found | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if self.temperature is not None:
-            found |= {"do_sample": True, "temperature": self.temperature}
-        if self.top_p is not None:
-            found |= {"do_sample": True, "top_p": self.top_p}
-        return found
 
 
 @dataclass(frozen=True, kw_only=True)

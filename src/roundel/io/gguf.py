@@ -30,6 +30,7 @@ from roundel.tensor import TensorSpec
 
 __all__ = [
     "GGML_TYPES",
+    "MAGIC",
     "GgmlType",
     "GgufHeader",
     "GgufTensor",

@@ -21,7 +21,7 @@ from roundel.errors import SourceError
 from roundel.io.safetensors import Place, parse_header, raw_header
 from roundel.unit import Piece
 
-__all__ = ["Files", "LocalFiles", "Source", "is_weight_file", "open_source"]
+__all__ = ["INDEX", "JSON_LIMIT", "Files", "LocalFiles", "Source", "open_source", "small_files"]
 
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of a shard, by which a local checkpoint is known again
 INDEX = "model.safetensors.index.json"

@@ -20,11 +20,15 @@ from torch import Tensor
 
 __all__ = [
     "EMPTY",
+    "POSITIVE_TRIALS",
+    "SIGNED_TRIALS",
+    "SWEEPS",
+    "TABLE_TRIALS",
     "Affine",
     "affine_fit",
     "largest_in",
-    "lowest_in",
     "levels_of",
+    "lowest_in",
     "nearest_in",
     "over",
     "positive_fit",

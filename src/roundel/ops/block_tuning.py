@@ -28,7 +28,7 @@ from roundel.ops.encode import encode_blocks
 from roundel.scheme import Grid
 from roundel.tensor import QuantizedTensor, code_values
 
-__all__ = ["better_of", "tune_blocks"]
+__all__ = ["tune_blocks"]
 
 CHUNK = 1 << 16  # weights that are tuned at a time: they stay in the processor's cache
 ROUNDS = 3

@@ -36,7 +36,7 @@ from roundel.ops.minifloat import decode_e8m0
 from roundel.scheme import BLOCK_GRIDS, Grid
 from roundel.tensor import QuantizedTensor
 
-__all__ = ["StoredBlocks", "as_stored", "as_tensor", "round_blocks", "round_blocks_reference"]
+__all__ = ["PLAIN", "WEIGHTED", "StoredBlocks", "as_stored", "as_tensor", "round_blocks", "round_blocks_reference"]
 
 CHUNK = 1 << 18  # weights rounded at a time by the definition
 PLAIN = {

@@ -31,7 +31,7 @@ from roundel.ops.search import Searched
 from roundel.scheme import Grid
 from roundel.tensor import QuantizedTensor, plain
 
-__all__ = ["Splitting", "norm_error", "solve", "solve_reference"]
+__all__ = ["BETTER", "Splitting", "norm_error", "solve", "solve_reference"]
 
 CHUNK = 1 << 17  # weights solved at a time by the definition
 BETTER = 0.99999  # the norm must fall by this factor, so that the last bits of sums decide nothing

@@ -6,24 +6,19 @@ Source: SignRound (Cheng et al., 2023, arXiv 2309.05516), equations 3 to 5: with
     weight ≈ nearest(steps) * scale
 
 where nearest is clamped to the codes of the grid, and scale (and zero) follow from the block's range times its
-factors. Gradients pass straight through rounding (Bengio et al., 2013) and stop where a code is clamped. Instead of
-the range of the weights, the range of any start on the grid can be the one that is multiplied.
+factors. Instead of the range of the weights, the range of any start on the grid can be the one that is multiplied.
 
 Steps and codes are counted from the zero point here: they are the values by which the scale is multiplied. For the MX
-floats they are values of the element, and the scale is a power of two; its exponent is rounded straight through too.
-ggml's block types with a minimum decode to  nearest * scale + base,  and the lower factor is the base's. Where scales
-and bases are whole-number levels of what a super-block shares, that stays as the start has it, and the levels follow
-their factors, rounded straight through.
+floats they are values of the element, and the scale is a power of two. ggml's block types with a minimum decode to
+nearest * scale + base,  and the lower factor is the base's. Where scales and bases are whole-number levels of what a
+super-block shares, that stays as the start has it, and the levels follow their factors.
 
-Two ways to step along a gradient: by its sign, as the paper has it, or divided by the root of its running mean square
-(Adam: Kingma and Ba 2014, arXiv 1412.6980, algorithm 1, with a first moment of short memory and no epsilon).
-
-`ops/numba/learned_rounding.py` holds the faster spelling of `round_matrix` and `descend`.
+How shifts and factors are learned is `learned_descent`. `ops/numba/learned_rounding.py` holds the faster spelling of
+`round_matrix`.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,22 +31,14 @@ from roundel.scheme import Grid
 from roundel.tensor import QuantizedTensor, code_values, plain
 
 __all__ = [
-    "FIRST",
-    "LEAST_SQUARE",
-    "SECOND",
-    "Gradients",
+    "LARGEST_FACTOR",
     "Learned",
-    "Memory",
-    "Moments",
     "Range",
-    "adam",
-    "adam_correction",
+    "at",
     "begin",
-    "descend",
     "finish",
     "fit_range",
-    "gradients",
-    "remember",
+    "flat",
     "round_matrix",
     "round_matrix_reference",
 ]
@@ -59,11 +46,8 @@ __all__ = [
 LARGEST_SCALE = 65504.0  # of float16
 LARGEST_NARROW = 65280.0  # the largest bfloat16 below it
 LEAST_HALF = 2.0**-24
-# Adam's betas. A first moment of long memory slows what it should steady: see docs/algorithms.md.
-FIRST, SECOND = 0.5, 0.99
-LEAST_SQUARE = 1e-36  # below, float32 has no digits left
 SLAB = 1 << 21  # weights whose codes are computed at a time
-SMALLEST_FACTOR, LARGEST_FACTOR = 2.0**-24, 2.0  # the smallest is divided by; 0 is allowed
+LARGEST_FACTOR = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,32 +91,6 @@ class Range:
     scale: Tensor
     zero: Tensor
     base: Tensor | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gradients:
-    """Of a loss: with respect to shift [out, in], low [out, blocks] (None on symmetric grids) and high."""
-
-    shift: Tensor
-    low: Tensor | None
-    high: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Moments:
-    """What Adam remembers of the gradients by one tensor, changed in place: running means, 0 at the start."""
-
-    first: Tensor
-    second: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Adam's memory of one matrix: of its shift and of its factors, as `Learned` has them."""
-
-    shift: Moments
-    low: Moments | None
-    high: Moments
 
 
 def begin(weight: Tensor, start: QuantizedTensor, narrow: bool = False) -> Learned:
@@ -231,93 +189,17 @@ def round_matrix(learned: Learned, found: Range, out: Tensor | None = None) -> T
 def round_matrix_reference(learned: Learned, found: Range) -> Tensor:
     """`round_matrix` in plain torch, on any device."""
     rounded = _nearest(_steps(learned, found), learned.grid, found) * found.scale[..., None]
-    return _flat(rounded if found.base is None else rounded + found.base[..., None], learned)
+    return flat(rounded if found.base is None else rounded + found.base[..., None], learned)
 
 
-def gradients(learned: Learned, found: Range, gradient: Tensor) -> Gradients:
-    """From the gradient [out, in] of a loss with respect to the rounded weights.
-
-    With inside = 1 where |steps - nearest| <= 1/2 (integers) or |steps| <= largest (MX), else 0:
-    by shift = gradient * scale * inside;  by scale = sum of gradient * (nearest - inside * (weight - base) / scale);
-    by zero = sum of -gradient * scale * (1 - inside);  by base = sum of gradient * (1 - inside).
-    """
-    steps, nearest, inside = _at(learned, found)
-    spread = grouped(gradient, learned.columns)
-    by_scale = (spread * (nearest - inside * (steps - grouped(learned.shift, learned.columns)))).sum(-1)
-    clamped = (spread * ~inside).sum(-1)
-    low, high = _by_factors(learned, found, by_scale, clamped)
-    return Gradients(shift=_flat(spread * found.scale[..., None] * inside, learned), low=low, high=high)
-
-
-def remember(learned: Learned) -> Memory:
-    """An empty memory."""
-    low = None if learned.low is None else _no_moments(learned.low)
-    return Memory(shift=_no_moments(learned.shift), low=low, high=_no_moments(learned.high))
-
-
-def descend(
-    learned: Learned,
-    found: Range,
-    gradient: Tensor,
-    *,
-    rate: float,
-    range_rate: float,
-    memory: Memory | None = None,
-    step: int = 1,
-) -> None:
-    """Move shift and factors against a gradient, in place, and the memory with them.
-
-    gradient   [out, in], of the loss with respect to the rounded weights
-    rate, range_rate   the size of the step, of shifts and of factors
-    memory     None: along the sign of the gradient. Else as `adam` says
-    step       how many steps the memory has seen with this one
-    """
-    shift = None if memory is None else memory.shift
-    if use_kernels() and learned.weight.device.type == "cpu":
-        from roundel.ops.numba.learned_rounding import descend_kernel
-
-        by_scale, clamped = descend_kernel(learned, found, gradient, rate, shift, step)
-        low, high = _by_factors(learned, found, by_scale, clamped)
-    else:
-        by = gradients(learned, found, gradient)
-        _move(learned.shift, by.shift, rate, shift, step)
-        low, high = by.low, by.high
-    _move(learned.high, high, range_rate, None if memory is None else memory.high, step)
-    if learned.low is not None and low is not None:
-        _move(learned.low, low, range_rate, None if memory is None else memory.low, step)
-    clamp_factors(learned)
-
-
-def adam(gradient: Tensor, moments: Moments, step: int) -> Tensor:
-    """The direction of a step, about 1 in size; the moments are brought up to date in place.
-
-    first = FIRST * first + (1 - FIRST) * gradient;  second = SECOND * second + (1 - SECOND) * gradient^2;
-    direction = first / (1 - FIRST^step) / sqrt(second / (1 - SECOND^step)), and 0 where second is below LEAST_SQUARE.
-    """
-    moments.first.mul_(FIRST).add_(gradient * (1 - FIRST))
-    moments.second.mul_(SECOND).add_(gradient * gradient * (1 - SECOND))
-    direction = moments.first / moments.second.sqrt() * adam_correction(step)
-    return torch.where(moments.second < LEAST_SQUARE, 0.0, direction)
-
-
-def adam_correction(step: int) -> float:
-    """By what the ratio of moments that began at 0 is to be multiplied."""
-    return math.sqrt(1 - SECOND**step) / (1 - FIRST**step)
-
-
-def _move(values: Tensor, gradient: Tensor, rate: float, moments: Moments | None, step: int) -> None:
-    values.sub_(rate * (gradient.sign() if moments is None else adam(gradient, moments, step)))
-
-
-def _no_moments(values: Tensor) -> Moments:
-    return Moments(first=torch.zeros_like(values), second=torch.zeros_like(values))
-
-
-def clamp_factors(learned: Learned) -> None:
-    """Bring factors back within 0 and LARGEST_FACTOR, in place."""
-    learned.high.clamp_(0.0, LARGEST_FACTOR)
-    if learned.low is not None:
-        learned.low.clamp_(0.0, LARGEST_FACTOR)
+def at(learned: Learned, found: Range) -> tuple[Tensor, Tensor, Tensor]:
+    """(steps, nearest, inside), each in blocks [out, blocks, columns]; inside: where no code is clamped, as `gradients`
+    has it."""
+    steps = _steps(learned, found)
+    nearest = _nearest(steps, learned.grid, found)
+    if learned.grid.scale == "E8M0":
+        return steps, nearest, steps.abs() <= learned.grid.element.hi
+    return steps, nearest, (steps - nearest).abs() <= 0.5
 
 
 def finish(learned: Learned) -> QuantizedTensor:
@@ -356,9 +238,9 @@ def _levels(values: Tensor | None, unit: Tensor | None, grid: Grid | str | None)
 def _codes(learned: Learned, found: Range) -> Tensor:
     grid, steps = learned.grid, _steps(learned, found)
     if grid.scale == "E8M0":
-        return _flat(round_e2m1(steps) if grid.element.name == "e2m1" else round_e4m3(steps), learned)
+        return flat(round_e2m1(steps) if grid.element.name == "e2m1" else round_e4m3(steps), learned)
     codes = _nearest(steps, grid, found) + found.zero[..., None]
-    return _flat(codes.to(torch.int8 if grid.symmetric else torch.uint8), learned)
+    return flat(codes.to(torch.int8 if grid.symmetric else torch.uint8), learned)
 
 
 def _rows(learned: Learned, part: slice) -> Learned:
@@ -374,21 +256,6 @@ def _rows(learned: Learned, part: slice) -> Learned:
 
 def _range_rows(found: Range, part: slice) -> Range:
     return Range(scale=found.scale[part], zero=found.zero[part], base=None if found.base is None else found.base[part])
-
-
-def _by_factors(learned: Learned, found: Range, by_scale: Tensor, clamped: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Gradients by low and high, from that by scale and from the sum of gradients where codes are clamped."""
-    if learned.grid.rule == "ggml" and learned.grid.scale != "E8M0":
-        return None if learned.lower is None else clamped * learned.lower, by_scale * learned.upper
-    if learned.low is None or learned.lower is None:
-        # MX: the scale is proportional to high once the rounding of its exponent is passed straight through.
-        is_float = learned.grid.scale == "E8M0"
-        return None, by_scale * (found.scale / learned.high.clamp(min=SMALLEST_FACTOR) if is_float else learned.upper)
-    largest, end = learned.grid.element.hi, learned.lower * learned.low
-    by_zero = -clamped * found.scale * (torch.round(-end / found.scale) == found.zero)  # 0 where zero is clamped
-    by_scale = by_scale + by_zero * end / found.scale.square()
-    by_lower = -by_scale / largest - by_zero / found.scale
-    return by_lower * learned.lower, by_scale / largest * learned.upper
 
 
 def _steps(learned: Learned, found: Range) -> Tensor:
@@ -409,16 +276,7 @@ def _nearest(steps: Tensor, grid: Grid, found: Range) -> Tensor:
     return torch.round(steps.clamp(grid.element.lo - zero, grid.element.hi - zero))
 
 
-def _at(learned: Learned, found: Range) -> tuple[Tensor, Tensor, Tensor]:
-    """(steps, nearest, inside), each in blocks."""
-    steps = _steps(learned, found)
-    nearest = _nearest(steps, learned.grid, found)
-    if learned.grid.scale == "E8M0":
-        return steps, nearest, steps.abs() <= learned.grid.element.hi
-    return steps, nearest, (steps - nearest).abs() <= 0.5
-
-
-def _flat(blocks: Tensor, learned: Learned) -> Tensor:
+def flat(blocks: Tensor, learned: Learned) -> Tensor:
     """[out, blocks, columns] -> [out, in]"""
     return blocks.flatten(1)[:, : learned.weight.shape[1]].contiguous()
 

@@ -14,6 +14,7 @@ __all__ = ["costs_of_units", "plots"]
 
 
 def plots(told: Findings) -> str:
+    """HTML: errors, noise, sizes and gains of all layers, by kind and depth; empty where nothing was measured."""
     rows = told.report.rounded
     errors = {r.name: r.error for r in rows if r.error is not None and r.error > 0 and math.isfinite(r.error)}
     plain = {
@@ -99,6 +100,7 @@ def _titles(kinds: Iterable[str]) -> dict[str, str]:
 
 
 def costs_of_units(told: Findings) -> str:
+    """HTML: seconds of each unit, and the memory held by then; empty where no log has them."""
     known = {name: told.costs[name] for name in told.units if name in told.costs}
     if not known:
         return ""

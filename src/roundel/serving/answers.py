@@ -77,11 +77,13 @@ class Answer:
 
 
 def error_body(refusal: Refusal) -> dict[str, Any]:
+    """The JSON of an error, as OpenAI's clients read it."""
     kind = "invalid_request_error" if refusal.status < 500 else "server_error"
     return {"error": {"message": str(refusal), "type": kind, "param": refusal.param, "code": refusal.code}}
 
 
 def model_entry(name: str, since: int) -> dict[str, Any]:
+    """The served model in the list of /v1/models. since: seconds since 1970."""
     return {"id": name, "object": "model", "created": since, "owned_by": "roundel"}
 
 

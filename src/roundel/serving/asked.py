@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from roundel.errors import RecipeError
-from roundel.inference.text import Drawing, Turns
+from roundel.inference.drawing import Drawing
+from roundel.inference.text import Turns
 
 __all__ = ["Asked", "Refusal", "read_request"]
 

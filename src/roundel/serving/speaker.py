@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from roundel.errors import QuantizationError
-from roundel.inference.text import Drawing, Turns, Written, prompt_ids, reach, turn_ids, written
+from roundel.inference.drawing import Drawing
+from roundel.inference.text import Turns, Written, prompt_ids, reach, turn_ids, written
 from roundel.serving.asked import Asked, Refusal
 
 __all__ = ["Speaker"]

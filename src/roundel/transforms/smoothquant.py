@@ -47,13 +47,6 @@ class SmoothQuant(Transform):
     def reads_activations(self) -> bool:
         return True
 
-    @property
-    def reads_float_stream(self) -> bool:
-        return False
-
-    def passes(self, samples: int, batch: int) -> float:
-        return 1.0
-
     def refuse(self, layer: Layer) -> str | None:
         return None
 

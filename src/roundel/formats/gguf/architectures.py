@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from roundel.errors import SourceError, nearest
 
-__all__ = ["ARCHITECTURES", "Architecture", "architecture_of", "settings_of"]
+__all__ = ["ARCHITECTURES", "Architecture", "architecture", "architecture_of", "settings_of"]
 
 Vocabulary = Literal["llama", "piece or bytes", "bytes", "piece", "phi3"]
 

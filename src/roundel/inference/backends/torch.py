@@ -14,7 +14,7 @@ from roundel.scheme import Element
 from roundel.tensor import QuantizedTensor, plain
 from roundel.unit import Layer
 
-__all__ = ["Torch"]
+__all__ = ["Decoding", "Torch"]
 
 DECODED = 1 << 22  # weights decoded at a time
 

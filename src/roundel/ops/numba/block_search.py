@@ -5,10 +5,10 @@ Blocks lie as columns: x and weight are [n, 16] float32, row i holding the i-th 
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
 from roundel.ops.block_search import EMPTY, POSITIVE_TRIALS, SIGNED_TRIALS, SWEEPS, TABLE_TRIALS
+from roundel.ops.numba.compiling import jit
 from roundel.ops.numba.lanes import (
     choose,
     every,
@@ -36,17 +36,15 @@ ZERO, ONE, TENTH = np.float32(0.0), np.float32(1.0), np.float32(0.1)
 NOTHING = np.float32(EMPTY)
 LOWEST = np.float32(-(1 << 23))
 
-_jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 
-
-@_jit
+@jit
 def bounded(values, low, high):  # type: ignore[no-untyped-def]
     """Values within bounds; what is no number is the lower one."""
     values = largest_of(values, low)
     return choose(values < high, values, high)
 
 
-@_jit
+@jit
 def largest_in(x):  # type: ignore[no-untyped-def]
     """Of each block the value of largest magnitude, the first of equals."""
     edge = every(ZERO)
@@ -59,7 +57,7 @@ def largest_in(x):  # type: ignore[no-untyped-def]
     return edge
 
 
-@_jit
+@jit
 def _affine_error(x, weight, trial, scale, low, absolute):  # type: ignore[no-untyped-def]
     error = every(ZERO)
     if absolute:
@@ -72,7 +70,7 @@ def _affine_error(x, weight, trial, scale, low, absolute):  # type: ignore[no-un
     return error
 
 
-@_jit
+@jit
 def affine_fit(x, weight, trial, largest, factors, absolute):  # type: ignore[no-untyped-def]
     """Scale and low as `ops.block_search.affine_fit` finds them; what gives their codes are inverse and base:
 
@@ -133,7 +131,7 @@ def affine_fit(x, weight, trial, largest, factors, absolute):  # type: ignore[no
     return scale, low * np.float32(-1.0), inverse, base
 
 
-@_jit
+@jit
 def _signed_sums(x, weight, inverse, half):  # type: ignore[no-untyped-def]
     product = every(ZERO)
     square = every(ZERO)
@@ -146,7 +144,7 @@ def _signed_sums(x, weight, inverse, half):  # type: ignore[no-untyped-def]
     return product, square
 
 
-@_jit
+@jit
 def signed_fit(x, weight, half):  # type: ignore[no-untyped-def]
     """Scale as `ops.block_search.signed_fit` finds it, and the inverse that gives its codes, stored as code + half:
 
@@ -173,7 +171,7 @@ def signed_fit(x, weight, half):  # type: ignore[no-untyped-def]
     return choose(magnitude(edge) < NOTHING, every(ZERO), scale), inverse, edge
 
 
-@_jit
+@jit
 def _swept(x, weight, codes, product, square, low, high, everywhere):  # type: ignore[no-untyped-def]
     """Coordinate descent, see `ops.block_search.signed_descent`. everywhere: codes may move where little is left."""
     for _ in range(SWEEPS):
@@ -198,7 +196,7 @@ def _swept(x, weight, codes, product, square, low, high, everywhere):  # type: i
     return choose(square > ZERO, product / square, every(ZERO))
 
 
-@_jit
+@jit
 def signed_descent(x, weight, codes, half):  # type: ignore[no-untyped-def]
     """`ops.block_search.signed_descent`. weight is x^2. codes [n, 16], filled: without half added.
 
@@ -219,7 +217,7 @@ def signed_descent(x, weight, codes, half):  # type: ignore[no-untyped-def]
     return choose(magnitude(edge) < NOTHING, every(ZERO), scale), edge
 
 
-@_jit
+@jit
 def _positive_error(x, weight, inverse, largest):  # type: ignore[no-untyped-def]
     scale = every(ONE) / inverse
     error = every(ZERO)
@@ -231,7 +229,7 @@ def _positive_error(x, weight, inverse, largest):  # type: ignore[no-untyped-def
     return error
 
 
-@_jit
+@jit
 def positive_fit(x, weight, codes, largest):  # type: ignore[no-untyped-def]
     """`ops.block_search.positive_fit`. codes [n, 16], filled. returns scale"""
     high = every(ZERO)
@@ -263,7 +261,7 @@ def positive_fit(x, weight, codes, largest):  # type: ignore[no-untyped-def]
     return choose(empty, every(ZERO), scale)
 
 
-@_jit
+@jit
 def entry_of(values, middles, entries):  # type: ignore[no-untyped-def]
     """The index of the nearest entry of a table, as float32; of two as near, the upper.
 
@@ -276,7 +274,7 @@ def entry_of(values, middles, entries):  # type: ignore[no-untyped-def]
     return found
 
 
-@_jit
+@jit
 def _table_sums(x, weight, inverse, middles, gaps, lowest):  # type: ignore[no-untyped-def]
     product = every(ZERO)
     square = every(ZERO)
@@ -289,7 +287,7 @@ def _table_sums(x, weight, inverse, middles, gaps, lowest):  # type: ignore[no-u
     return product, square
 
 
-@_jit
+@jit
 def table_fit(x, weight, middles, gaps, lowest):  # type: ignore[no-untyped-def]
     """`ops.block_search.table_fit`. middles, gaps: see `entry_of`; lowest: the first entry. returns scale"""
     edge = largest_in(x)

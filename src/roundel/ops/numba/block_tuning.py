@@ -6,10 +6,10 @@ standing in each of its lanes: the shared step, levels, the shared ground, level
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
 from roundel.ops.numba.block_search import bounded
+from roundel.ops.numba.compiling import jit
 from roundel.ops.numba.lanes import LANES, choose, every, load, nearest, store
 from roundel.ops.numba.rounding import half_of
 
@@ -19,10 +19,8 @@ ZERO, ONE, LARGEST = np.float32(0.0), np.float32(1.0), np.float32(65504.0)
 NEGLIGIBLE = np.float32(1e-6)
 STEP, LEVEL, GROUND, LOW_LEVEL = 0, 1, 2, 3
 
-_jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 
-
-@_jit
+@jit
 def _as_half(value):  # type: ignore[no-untyped-def]
     """As float16 holds it, finite."""
     if value != value:
@@ -30,12 +28,12 @@ def _as_half(value):  # type: ignore[no-untyped-def]
     return half_of(max(min(value, LARGEST), -LARGEST))
 
 
-@_jit
+@jit
 def _inverse(steps):  # type: ignore[no-untyped-def]
     return choose(steps != ZERO, every(ONE) / steps, every(ZERO))
 
 
-@_jit
+@jit
 def _errors(x, weight, now, low, high):  # type: ignore[no-untyped-def]
     """Of each lane, with the best codes."""
     steps = load(now, STEP) * load(now, LEVEL)
@@ -50,7 +48,7 @@ def _errors(x, weight, now, low, high):  # type: ignore[no-untyped-def]
     return error
 
 
-@_jit
+@jit
 def _total(sums, blocks):  # type: ignore[no-untyped-def]
     """Each row's sums over the lanes of a super-block, in all of its lanes."""
     for row in range(sums.shape[0]):
@@ -61,7 +59,7 @@ def _total(sums, blocks):  # type: ignore[no-untyped-def]
             sums[row, begin : begin + blocks] = total
 
 
-@_jit
+@jit
 def _offer(x, weight, tried, now, least, sums, blocks, low, high):  # type: ignore[no-untyped-def]
     """Take what was tried where its super-block errs less."""
     store(sums, 0, _errors(x, weight, tried, low, high))
@@ -72,7 +70,7 @@ def _offer(x, weight, tried, now, least, sums, blocks, low, high):  # type: igno
             now[:, lane] = tried[:, lane]
 
 
-@_jit
+@jit
 def _fit(x, weight, tried, sums, blocks, low, high, grounded):  # type: ignore[no-untyped-def]
     """The shared numbers of least squares for the levels of `tried`, and for the codes that it gives, in place."""
     levels, lows = load(tried, LEVEL), load(tried, LOW_LEVEL)
@@ -110,7 +108,7 @@ def _fit(x, weight, tried, sums, blocks, low, high, grounded):  # type: ignore[n
         tried[GROUND, lane] = _as_half((p * c - q * a) / determinant if sound else tried[GROUND, lane])
 
 
-@_jit
+@jit
 def _move(x, weight, now, tried, best, sums, low, high, bounds):  # type: ignore[no-untyped-def]
     """Each lane's levels moved by at most one, for its least error, into `best`."""
     best[:] = now
@@ -133,7 +131,7 @@ def _move(x, weight, now, tried, best, sums, low, high, bounds):  # type: ignore
                     best[:, lane] = tried[:, lane]
 
 
-@_jit
+@jit
 def tune(rows, importance, numbers, blocks, low, high, bounds, factors, rounds):  # type: ignore[no-untyped-def]
     """Improve `numbers` in place.
 

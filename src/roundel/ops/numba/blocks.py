@@ -10,7 +10,6 @@ through all rows; sixteen of them make one or two whole super-blocks. Filled are
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
 from roundel.ops.block_search import EMPTY
@@ -23,6 +22,7 @@ from roundel.ops.numba.block_search import (
     signed_fit,
     table_fit,
 )
+from roundel.ops.numba.compiling import jit
 from roundel.ops.numba.lanes import LANES, choose, every, load, magnitude, nearest, root, store, store_bytes
 from roundel.ops.numba.rounding import half_bits, half_of
 
@@ -48,10 +48,8 @@ SUPER = 256
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 NOTHING = np.float32(EMPTY)
 
-_jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 
-
-@_jit
+@jit
 def energies_of(values, factor, energies):  # type: ignore[no-untyped-def]
     """factor * sum of squares / count of each row of values [n, count]."""
     for row in range(values.shape[0]):
@@ -61,12 +59,12 @@ def energies_of(values, factor, energies):  # type: ignore[no-untyped-def]
         energies[row] = np.float32(factor) * total / np.float32(values.shape[1])
 
 
-@_jit
+@jit
 def _columns(n):  # type: ignore[no-untyped-def]
     return np.zeros((n, LANES), np.float32)
 
 
-@_jit
+@jit
 def _gather(rows, first, x):  # type: ignore[no-untyped-def]
     """Sixteen blocks from `first` on as columns; zeros beyond the last. rows: of all blocks [blocks, n]."""
     for lane in range(LANES):
@@ -78,7 +76,7 @@ def _gather(rows, first, x):  # type: ignore[no-untyped-def]
                 x[i, lane] = ZERO
 
 
-@_jit
+@jit
 def _scatter(found, first, codes):  # type: ignore[no-untyped-def]
     """Columns -> blocks: the inverse of `_gather`."""
     for lane in range(min(LANES, codes.shape[0] - first)):
@@ -86,7 +84,7 @@ def _scatter(found, first, codes):  # type: ignore[no-untyped-def]
             codes[first + lane, i] = found[i, lane]
 
 
-@_jit
+@jit
 def _weigh(kind, x, importance, first, energies, span, weight):  # type: ignore[no-untyped-def]
     """weight [n, 16] of blocks from `first` on. span: weights that share one of `energies`."""
     n = x.shape[0]
@@ -119,7 +117,7 @@ def _weigh(kind, x, importance, first, energies, span, weight):  # type: ignore[
             store(weight, i, load(weight, i) * root(energy + value * value))
 
 
-@_jit
+@jit
 def _totals(weight):  # type: ignore[no-untyped-def]
     total = every(ZERO)
     for i in range(weight.shape[0]):
@@ -127,7 +125,7 @@ def _totals(weight):  # type: ignore[no-untyped-def]
     return total
 
 
-@_jit
+@jit
 def _top_levels(values, begin, count, top, levels):  # type: ignore[no-untyped-def]
     """Levels of values[begin : begin + count], the largest of which gets the top one; returns the step."""
     high = ZERO
@@ -139,7 +137,7 @@ def _top_levels(values, begin, count, top, levels):  # type: ignore[no-untyped-d
     return high / top
 
 
-@_jit
+@jit
 def round_affine(  # type: ignore[no-untyped-def]
     rows, importance, energies, kind, n, largest, factors, absolute, top, codes, scales, lows, levels, low_levels
 ):
@@ -208,7 +206,7 @@ def round_affine(  # type: ignore[no-untyped-def]
         _scatter(found, first, found_codes)
 
 
-@_jit
+@jit
 def _edge_levels(values, top, levels):  # type: ignore[no-untyped-def]
     """Levels -top ... top - 1 of sixteen values, the largest of which gets -top; returns the step and that value."""
     edge = ZERO
@@ -221,7 +219,7 @@ def _edge_levels(values, top, levels):  # type: ignore[no-untyped-def]
     return (ONE / inverse if edge != ZERO else ZERO), edge
 
 
-@_jit
+@jit
 def round_signed(  # type: ignore[no-untyped-def]
     rows, importance, energies, kind, n, half, descends, top, codes, scales, levels
 ):
@@ -288,7 +286,7 @@ def round_signed(  # type: ignore[no-untyped-def]
         _scatter(found, first, found_codes)
 
 
-@_jit
+@jit
 def round_table(  # type: ignore[no-untyped-def]
     rows, importance, energies, kind, middles, gaps, lowest, supers, codes, scales, levels
 ):

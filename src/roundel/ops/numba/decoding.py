@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from roundel.ops.numba.compiling import jit
 from roundel.ops.numba.rows import share_rows
 from roundel.tensor import QuantizedTensor, code_values, plain
 
 __all__ = ["decode_by_kernel"]
-
-_jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 
 
 def decode_by_kernel(quantized: QuantizedTensor, room: Tensor | None = None) -> Tensor:
@@ -42,7 +40,7 @@ def decode_by_kernel(quantized: QuantizedTensor, room: Tensor | None = None) -> 
     return weights
 
 
-@_jit
+@jit
 def _decode_integers(codes, scale, zero, offset, has_offset, block_rows, columns, begin, end, out):  # type: ignore[no-untyped-def]
     width = codes.shape[1]
     for row in range(begin, end):
@@ -59,7 +57,7 @@ def _decode_integers(codes, scale, zero, offset, has_offset, block_rows, columns
                     filled[i] += o
 
 
-@_jit
+@jit
 def _decode_table(codes, meaning, scale, zero, offset, has_offset, block_rows, columns, begin, end, out):  # type: ignore[no-untyped-def]
     width = codes.shape[1]
     for row in range(begin, end):

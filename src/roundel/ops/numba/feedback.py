@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from roundel.ops.feedback import MINIFLOATS, Scales
+from roundel.ops.numba.compiling import SETTINGS, jit
 from roundel.scheme import Grid
 
 __all__ = ["round_block_by_kernel", "trial_losses_by_kernel"]
@@ -27,8 +28,7 @@ ZERO = np.float32(0.0)
 TARGETS, WEIGHTS, ERRORS, LEVELS = 0, 1, 2, 3  # planes of a tile
 EXPONENT = np.uint32(0x7F800000)
 
-_jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False, fastmath={"contract", "nsz"})
-_plain = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
+_contracted = numba.njit(**SETTINGS, fastmath={"contract", "nsz"})
 
 
 def round_block_by_kernel(
@@ -68,7 +68,7 @@ def _over_rows(rows: int, work: Callable[[int, int], None]) -> None:
         list(pool.map(lambda start: work(start, min(start + share, rows)), range(0, rows, share)))
 
 
-@_jit
+@_contracted
 def _buffers(coupling):  # type: ignore[no-untyped-def]
     """Room for a tile [4, columns, rows], and the coupling, both with columns filled up to whole fours of zeros."""
     columns = coupling.shape[0]
@@ -80,7 +80,7 @@ def _buffers(coupling):  # type: ignore[no-untyped-def]
     return np.zeros((4, padded, TILE), np.float32), coefficients
 
 
-@_jit
+@_contracted
 def _take(target, weight, begin, count, held):  # type: ignore[no-untyped-def]
     """Copy a tile's targets and weights; rows past the last are zeros."""
     for column in range(target.shape[0]):
@@ -92,7 +92,7 @@ def _take(target, weight, begin, count, held):  # type: ignore[no-untyped-def]
             held[WEIGHTS, column, row] = ZERO
 
 
-@_jit
+@_contracted
 def _sweep(held, coupling, strength, scale, lowest, group, span, fraction, least, loss):  # type: ignore[no-untyped-def]
     """Round a tile's columns in order: levels and errors into `held`, what it cost into `loss` [rows]."""
     target, error = held[TARGETS], held[ERRORS]
@@ -144,7 +144,7 @@ def _sweep(held, coupling, strength, scale, lowest, group, span, fraction, least
                 _round_float(fed, n, held, now, scale, lowest, group[now], span, fraction, least, strength[now], loss)
 
 
-@_plain
+@jit
 def _round(fed, n, held, column, scale, lowest, group, span, strength, loss):  # type: ignore[no-untyped-def]
     """One column of a tile to whole numbers. No product is fused with a sum: w - w' is what will be decoded."""
     for row in range(TILE):
@@ -158,7 +158,7 @@ def _round(fed, n, held, column, scale, lowest, group, span, strength, loss):  #
         loss[row] += strength * (missed * missed)
 
 
-@_plain
+@jit
 def _round_float(fed, n, held, column, scale, lowest, group, span, fraction, least, strength, loss):  # type: ignore[no-untyped-def]
     """One column of a tile to a small float, whose step is its power of two, or the smallest, less the fraction."""
     bounded = np.empty(TILE, np.float32)
@@ -180,7 +180,7 @@ def _round_float(fed, n, held, column, scale, lowest, group, span, fraction, lea
         loss[row] += strength * (missed * missed)
 
 
-@_jit
+@_contracted
 def _round_rows(target, weight, coupling, scale, lowest, which, levels, span, fraction, least, start, end):  # type: ignore[no-untyped-def]
     """Rows start..end of `round_block`."""
     columns, groups = target.shape[0], scale.shape[0]
@@ -204,7 +204,7 @@ def _round_rows(target, weight, coupling, scale, lowest, which, levels, span, fr
                 levels[column, begin + row] = held[LEVELS, column, row]
 
 
-@_jit
+@_contracted
 def _try_rows(values, coupling, strength, scale, lowest, losses, span, fraction, least, start, end):  # type: ignore[no-untyped-def]
     """Rows start..end of `trial_losses`."""
     held, coefficients = _buffers(coupling)

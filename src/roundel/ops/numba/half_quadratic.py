@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from roundel.ops.encode import encode
 from roundel.ops.half_quadratic import BETTER, Splitting
-from roundel.ops.numba.search import as_stored
+from roundel.ops.numba.compiling import jit, summing
+from roundel.ops.numba.integer_search import as_stored
 from roundel.ops.search import Searched
 from roundel.scheme import Grid
 from roundel.tensor import QuantizedTensor, plain
@@ -38,12 +38,6 @@ LOGARITHM = np.array(
 )
 EXPONENTIAL = np.array([1.0000001, 0.69314718, 0.24022107, 0.05550357, 0.009676032, 0.0013390863], dtype=np.float32)
 ROOT_HALF = np.int32(0x3F3504F3)  # the bits of sqrt(1/2)
-
-_jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
-# Sums may be taken in any order; weights and steps are finite.
-_sums = numba.njit(
-    cache=True, nogil=True, error_model="numpy", boundscheck=False, fastmath={"reassoc", "nsz", "contract", "nnan"}
-)
 
 
 def solve_tensor(weight: Tensor, grid: Grid, how: Splitting, threads: int = 1) -> Searched:
@@ -81,7 +75,7 @@ def power(sizes: np.ndarray, norm: float) -> float:
     return float(_norm(scratch, scratch.view(np.int32), np.empty_like(scratch), len(sizes), np.float32(norm)))
 
 
-@_sums
+@summing
 def _norm(size, bits, exponent, n, norm):  # type: ignore[no-untyped-def]
     """sum size^norm of n numbers, which are used up; bits shares their memory, exponent is scratch."""
     for i in range(n):
@@ -106,7 +100,7 @@ def _norm(size, bits, exponent, n, norm):  # type: ignore[no-untyped-def]
     return total
 
 
-@_sums
+@summing
 def _round(weight, step, low, high, codes, rest, size):  # type: ignore[no-untyped-def]
     """Fills codes, w - codes * step and its size; returns the largest size and the sums least squares needs, of which
     the target is w: (sum codes, sum codes^2, sum w, sum w * codes)."""
@@ -129,7 +123,7 @@ def _round(weight, step, low, high, codes, rest, size):  # type: ignore[no-untyp
     return largest, first, square, total, inner
 
 
-@_sums
+@summing
 def _stored_error(weight, scale, shift, low, high, size, bits, exponent, norm):  # type: ignore[no-untyped-def]
     """The norm of what is lost with a scale as it is stored. Codes: round(w / scale) + shift from low to high."""
     for i in range(len(weight)):
@@ -138,7 +132,7 @@ def _stored_error(weight, scale, shift, low, high, size, bits, exponent, norm): 
     return _norm(size, bits, exponent, len(weight), norm)
 
 
-@_jit
+@jit
 def _better_step(product, square, step, one_bits, one_float):  # type: ignore[no-untyped-def]
     """product / square as it can be stored; the step as it was where that is none."""
     if square > ZERO and product > ZERO:
@@ -146,7 +140,7 @@ def _better_step(product, square, step, one_bits, one_float):  # type: ignore[no
     return as_stored(step, one_bits, one_float)
 
 
-@_jit
+@jit
 def solve_blocks(  # type: ignore[no-untyped-def]
     stored, group, bits, symmetric, lowest_zero, iterations, constants, codes, scales, zeros, sums
 ):

@@ -1,4 +1,4 @@
-"""Learned rounding in numba: one pass over the weights forward, one backward. See `ops.learned_rounding`.
+"""`ops.learned_rounding` and `ops.learned_descent` in numba: one pass over the weights forward, one backward.
 
 Both read the weights, the shifts and (backward) the gradient once, and write once; what they need twice they compute
 twice, which costs less than memory. Rows are shared out among as many threads as torch uses; the result does not
@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from roundel.ops.learned_rounding import FIRST, LEAST_SQUARE, SECOND, Learned, Moments, Range, adam_correction
+from roundel.ops.learned_descent import FIRST, LEAST_SQUARE, SECOND, Moments, adam_correction
+from roundel.ops.learned_rounding import Learned, Range
+from roundel.ops.numba.compiling import SETTINGS, jit
 from roundel.ops.numba.rows import share_rows
 from roundel.ops.numba.stored import value_of
 from roundel.ops.numba.tensors import stored_bits
@@ -29,11 +31,8 @@ KEPT, ADDED = np.float32(FIRST), np.float32(1 - FIRST)
 KEPT_SQUARES, ADDED_SQUARES = np.float32(SECOND), np.float32(1 - SECOND)
 LEAST = np.float32(LEAST_SQUARE)
 
-_jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 _inline = numba.njit(nogil=True, error_model="numpy", inline="always")
-_sums = numba.njit(
-    cache=True, nogil=True, error_model="numpy", boundscheck=False, fastmath={"reassoc", "nsz", "contract"}
-)
+_sums = numba.njit(**SETTINGS, fastmath={"reassoc", "nsz", "contract"})
 
 
 def round_kernel(learned: Learned, found: Range, out: Tensor) -> Tensor:
@@ -58,7 +57,7 @@ def round_kernel(learned: Learned, found: Range, out: Tensor) -> Tensor:
 def descend_kernel(
     learned: Learned, found: Range, gradient: Tensor, rate: float, moments: Moments | None = None, step: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Moves `learned.shift`, and its moments, as `ops.learned_rounding.descend` does.
+    """Moves `learned.shift`, and its moments, as `ops.learned_descent.descend` does.
 
     returns  [out, blocks] sums: of gradient * (nearest - inside * (weight - base) / scale), and of
              gradient * (1 - inside)
@@ -79,7 +78,7 @@ def descend_kernel(
     return by_scale, clamped
 
 
-@_jit
+@jit
 def _round_integers(weight, shift, scale, zero, base, group, low, high, out):  # type: ignore[no-untyped-def]
     rows, width = weight.shape
     for row in range(rows):
@@ -105,7 +104,7 @@ def _nearest_float(steps, high, mantissa, smallest):  # type: ignore[no-untyped-
     return -nearest if steps < ZERO else nearest
 
 
-@_jit
+@jit
 def _round_floats(weight, shift, scale, group, high, mantissa, smallest, out):  # type: ignore[no-untyped-def]
     rows, width = weight.shape
     for row in range(rows):
@@ -118,7 +117,7 @@ def _round_floats(weight, shift, scale, group, high, mantissa, smallest, out):  
                 filled[i] = _nearest_float(value_of(w[i]) / s + v[i], high, mantissa, smallest) * s
 
 
-@_jit
+@jit
 def _descend(  # type: ignore[no-untyped-def]
     gradient,
     weight,
@@ -158,7 +157,7 @@ def _descend(  # type: ignore[no-untyped-def]
                 _move_by_sign(v, inner, rate if s > ZERO else -rate)
 
 
-@_jit
+@jit
 def _look_at_integers(g, w, v, s, b, lowest, highest, terms, inner):  # type: ignore[no-untyped-def]
     """Of a block: its terms of the gradient by scale, and the gradient where codes are not clamped, else 0."""
     for i in range(len(g)):
@@ -170,7 +169,7 @@ def _look_at_integers(g, w, v, s, b, lowest, highest, terms, inner):  # type: ig
         inner[i] = g[i] if inside else ZERO
 
 
-@_jit
+@jit
 def _look_at_floats(g, w, v, s, high, mantissa, smallest, terms, inner):  # type: ignore[no-untyped-def]
     for i in range(len(g)):
         ratio = value_of(w[i]) / s
@@ -189,13 +188,13 @@ def _add(g, terms, inner):  # type: ignore[no-untyped-def]
     return total, outside
 
 
-@_jit
+@jit
 def _move_by_sign(v, inner, rate):  # type: ignore[no-untyped-def]
     for i in range(len(v)):
         v[i] -= rate if inner[i] > ZERO else (-rate if inner[i] < ZERO else ZERO)
 
 
-@_jit
+@jit
 def _move_by_moments(v, inner, s, first, second, rate):  # type: ignore[no-untyped-def]
     for i in range(len(v)):
         g = inner[i] * s

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from torch import Tensor
 
+from roundel.ops.numba.compiling import jit
 from roundel.ops.numba.stored import BF16, F16, F32, add_square, value_of
 from roundel.ops.numba.tensors import stored_bits
 
 __all__ = ["first_not_finite_kernel", "squares_kernel"]
 
 EXPONENTS = {BF16: np.uint16(0x7F80), F16: np.uint16(0x7C00), F32: np.uint32(0x7F800000)}  # all ones: not finite
-
-_jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 
 
 def first_not_finite_kernel(weight: Tensor) -> int:
@@ -31,7 +29,7 @@ def squares_kernel(weight: Tensor, decoded: Tensor) -> tuple[float, float]:
     return float(signal), float(noise)
 
 
-@_jit
+@jit
 def _first(bits, exponent):  # type: ignore[no-untyped-def]
     kind = bits.dtype.type
     for row in range(bits.shape[0]):
@@ -46,7 +44,7 @@ def _first(bits, exponent):  # type: ignore[no-untyped-def]
     return -1
 
 
-@_jit
+@jit
 def _squares(stored, decoded):  # type: ignore[no-untyped-def]
     signal, noise = np.float64(0.0), np.float64(0.0)
     for row in range(stored.shape[0]):

@@ -7,9 +7,9 @@ multiple is its significand, whether the element is normal or not.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from roundel.ops.numba.compiling import jit
 from roundel.ops.numba.stored import (
     INFINITY,
     add_square,
@@ -25,15 +25,13 @@ __all__ = ["mx_parameters", "round_mx"]
 
 INFINITY_BITS = np.uint32(0x7F800000)
 
-_jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
-
 
 def mx_parameters(element: str, largest: float) -> tuple[int, np.float32]:
     """(fraction bits, largest value) of e2m1 or e4m3, as `round_mx` takes them."""
     return (1 if element == "e2m1" else 3), np.float32(largest)
 
 
-@_jit
+@jit
 def _mx_scales(tops, bottoms, largest, scales, exponents, row):  # type: ignore[no-untyped-def]
     """Ends of blocks -> scales (infinite where a block is not finite) and the row of E8M0 exponents.
 
@@ -54,7 +52,7 @@ def _mx_scales(tops, bottoms, largest, scales, exponents, row):  # type: ignore[
         scales[block] = float_of(bits) if high < INFINITY and low < INFINITY else INFINITY
 
 
-@_jit
+@jit
 def _mx_codes(stored, row, mantissa, largest, scales, codes, sums):  # type: ignore[no-untyped-def]
     is_four = mantissa == 1
     smallest_normal = np.uint32(np.uint32(127 if is_four else 121) << np.uint32(23))  # 2^0 of e2m1, 2^-6 of e4m3
@@ -84,7 +82,7 @@ def _mx_codes(stored, row, mantissa, largest, scales, codes, sums):  # type: ign
         sums[1] += np.float64(noise)
 
 
-@_jit
+@jit
 def round_mx(stored, mantissa, largest, codes, exponents, sums):  # type: ignore[no-untyped-def]
     """Round rows of stored weights to e2m1 or e4m3 with one power-of-two scale for 32 weights ("floor" exponents).
 

@@ -5,17 +5,17 @@ Eight codes of n bits become 8 n bits by three halving steps on a 64-bit registe
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from roundel.ops.numba.compiling import jit
 
 __all__ = ["pack_awq_columns", "pack_columns", "pack_nibbles"]
 
-_jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 _TILE = 16  # rows whose words fill one cache line of the transposed output
 _OCTETS = 64  # of a row, packed at a time
 
 
-@_jit
+@jit
 def _squeeze(octet, bits):  # type: ignore[no-untyped-def]
     """Eight codes in eight bytes -> 8 * bits bits."""
     b = np.uint64(bits)
@@ -31,7 +31,7 @@ def _squeeze(octet, bits):  # type: ignore[no-untyped-def]
     return (octet & low) | ((octet >> np.uint64(32)) & low) << b4
 
 
-@_jit
+@jit
 def _pack_row(octets, bits, packed):  # type: ignore[no-untyped-def]
     """Part of a row of codes -> its words."""
     count = octets.shape[0]
@@ -72,7 +72,7 @@ def _pack_row(octets, bits, packed):  # type: ignore[no-untyped-def]
                     filled += 8 * bits - taken
 
 
-@_jit
+@jit
 def _transpose(tile, words, top, left, height, width):  # type: ignore[no-untyped-def]
     """words[top + k, left + row] = tile[row, k]. Whole blocks have constant bounds, which the compiler unrolls."""
     whole = height // _TILE * _TILE if width == _TILE else 0
@@ -87,7 +87,7 @@ def _transpose(tile, words, top, left, height, width):  # type: ignore[no-untype
             words[top + k, left + row] = tile[row, k]
 
 
-@_jit
+@jit
 def pack_columns(octets, bits, words, first):  # type: ignore[no-untyped-def]
     """Rows of codes -> columns of words: words[k, first + row] holds the row's k-th word (GPTQ's order).
 
@@ -108,7 +108,7 @@ def pack_columns(octets, bits, words, first):  # type: ignore[no-untyped-def]
             _transpose(tile, words, left * bits // 4, first + begin, (right - left) * bits // 4, stop - begin)
 
 
-@_jit
+@jit
 def pack_awq_columns(codes, words, first):  # type: ignore[no-untyped-def]
     """Rows of 4-bit codes -> words[column, (first + row) / 8], eight rows a word in AWQ's interleaved order.
 
@@ -135,7 +135,7 @@ def pack_awq_columns(codes, words, first):  # type: ignore[no-untyped-def]
                     )
 
 
-@_jit
+@jit
 def pack_nibbles(codes, packed):  # type: ignore[no-untyped-def]
     """[rows, in] 4-bit codes -> [rows, in / 2] bytes, the even column in the low nibble (MXFP4, NVFP4)."""
     rows, half = packed.shape

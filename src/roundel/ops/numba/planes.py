@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from roundel.ops.numba.compiling import jit
+
 __all__ = ["place_bytes", "place_plane", "place_six_bits"]
 
 WIDE = 16
 _BYTES = ir.VectorType(ir.IntType(8), WIDE)
-
-_jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 
 
 def _pointer(context: Any, builder: Any, array_type: Any, array: Any, at: Any, kind: Any) -> Any:
@@ -79,7 +78,7 @@ def _bit_row(typing_context, numbers, at, first, packed, into):  # type: ignore[
     return types.void(numbers, types.intp, types.intp, packed, types.intp), generate
 
 
-@_jit
+@jit
 def place_plane(numbers, bits, span, first, begin, packed):  # type: ignore[no-untyped-def]
     """numbers [blocks, n] uint8 -> packed[:, begin : begin + n * bits / 8]; see `formats.gguf.block_types.Plane`.
 
@@ -114,7 +113,7 @@ def place_plane(numbers, bits, span, first, begin, packed):  # type: ignore[no-u
                 packed[block, begin + chunk * count + i] = found
 
 
-@_jit
+@jit
 def place_six_bits(levels, low_levels, begin, packed):  # type: ignore[no-untyped-def]
     """levels, low_levels [blocks, 8] uint8 -> packed[:, begin : begin + 12]"""
     for block in range(levels.shape[0]):
@@ -125,7 +124,7 @@ def place_six_bits(levels, low_levels, begin, packed):  # type: ignore[no-untype
             packed[block, begin + 8 + j] = np.uint8(a & np.uint8(15)) | np.uint8((b & np.uint8(15)) << np.uint8(4))
 
 
-@_jit
+@jit
 def place_bytes(parts, begin, packed):  # type: ignore[no-untyped-def]
     """parts [blocks, n] uint8 -> packed[:, begin : begin + n]"""
     for block in range(parts.shape[0]):

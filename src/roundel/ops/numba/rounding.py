@@ -6,9 +6,9 @@ a float32 rounds it to a whole number, half to even, and leaves that number in i
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from roundel.ops.numba.compiling import jit
 from roundel.ops.numba.stored import (
     INFINITY,
     add_square,
@@ -27,10 +27,8 @@ SIGN = np.uint32(0x80000000)
 INFINITY_BITS = np.uint32(0x7F800000)
 SMALLEST = np.float32(1.0013580322265625e-05)  # 1e-5 in float16
 
-_jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 
-
-@_jit
+@jit
 def half_of(value):  # type: ignore[no-untyped-def]
     """float32 -> the nearest float16 as float32, half to even; at or above 65520 it is infinity."""
     bits = bits_of(value)
@@ -43,7 +41,7 @@ def half_of(value):  # type: ignore[no-untyped-def]
     return float_of(found | np.uint32(bits & SIGN))
 
 
-@_jit
+@jit
 def half_bits(value):  # type: ignore[no-untyped-def]
     """The 16 bits of a float32 that is a float16 already."""
     bits = bits_of(value)
@@ -55,7 +53,7 @@ def half_bits(value):  # type: ignore[no-untyped-def]
     return np.uint16(found | np.uint32(np.uint32(bits & SIGN) >> np.uint32(16)))
 
 
-@_jit
+@jit
 def _symmetric_grids(tops, bottoms, bits, scales, zeros):  # type: ignore[no-untyped-def]
     """Ends of blocks -> scales (float16 as float32; infinite where the block or its scale is not finite) and zeros."""
     steps = np.float32(1 << (bits - 1))
@@ -68,7 +66,7 @@ def _symmetric_grids(tops, bottoms, bits, scales, zeros):  # type: ignore[no-unt
         zeros[block] = steps
 
 
-@_jit
+@jit
 def _asymmetric_grids(tops, bottoms, bits, lowest_zero, scales, zeros):  # type: ignore[no-untyped-def]
     """As `_symmetric_grids`. A zero point below `lowest_zero` is raised to it, and the scale with it."""
     largest, lowest = np.float32((1 << bits) - 1), np.float32(lowest_zero)
@@ -85,7 +83,7 @@ def _asymmetric_grids(tops, bottoms, bits, lowest_zero, scales, zeros):  # type:
         zeros[block] = zero if zero > lowest else lowest
 
 
-@_jit
+@jit
 def _codes(stored, row, group, bits, scales, zeros, codes, sums):  # type: ignore[no-untyped-def]
     width = stored.shape[1]
     for block in range(len(scales)):
@@ -107,7 +105,7 @@ def _codes(stored, row, group, bits, scales, zeros, codes, sums):  # type: ignor
         sums[1] += np.float64(noise)
 
 
-@_jit
+@jit
 def round_integer(stored, bits, group, symmetric, lowest_zero, codes, scales, zeros, sums):  # type: ignore[no-untyped-def]
     """Round rows of stored weights to integers.
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from roundel.ops.numba.compiling import jit
 from roundel.ops.numba.lanes import (
     LANES,
     choose,
@@ -25,23 +25,21 @@ __all__ = ["round_nearest_value", "round_spanning", "round_symmetric", "round_wh
 
 ZERO, ONE, HALF = np.float32(0.0), np.float32(1.0), np.float32(0.5)
 
-_jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 
-
-@_jit
+@jit
 def _store_halves(values, halves):  # type: ignore[no-untyped-def]
     for i in range(len(values)):
         halves[i] = half_bits(half_of(values[i]))
 
 
-@_jit
+@jit
 def _first_in(left, right):  # type: ignore[no-untyped-def]
     """The first of 32 lanes where a condition holds."""
     lane = first_of(left)
     return lane if lane < LANES else LANES + first_of(right)
 
 
-@_jit
+@jit
 def _largest_magnitude(pieces, begin, end):  # type: ignore[no-untyped-def]
     size = magnitude(load(pieces, begin))
     for k in range(begin + 1, end):
@@ -49,7 +47,7 @@ def _largest_magnitude(pieces, begin, end):  # type: ignore[no-untyped-def]
     return highest(size)
 
 
-@_jit
+@jit
 def round_symmetric(rows, half, codes, scales):  # type: ignore[no-untyped-def]
     """Q4_0 and Q5_0. half: half the range of codes, float32."""
     pieces, found = rows.reshape(-1, LANES), codes.reshape(-1, LANES)
@@ -70,7 +68,7 @@ def round_symmetric(rows, half, codes, scales):  # type: ignore[no-untyped-def]
     _store_halves(steps, scales.reshape(-1))
 
 
-@_jit
+@jit
 def round_spanning(rows, largest, codes, scales, lows):  # type: ignore[no-untyped-def]
     """Q4_1 and Q5_1. largest: of codes, float32."""
     pieces, found = rows.reshape(-1, LANES), codes.reshape(-1, LANES)
@@ -92,7 +90,7 @@ def round_spanning(rows, largest, codes, scales, lows):  # type: ignore[no-untyp
     _store_halves(grounds, lows.reshape(-1))
 
 
-@_jit
+@jit
 def round_whole_steps(rows, n, largest, shift, codes, scales):  # type: ignore[no-untyped-def]
     """Q8_0 (largest 127, shift 0), and the ternary types (1 and 1). largest, shift: float32."""
     pieces, found, count = rows.reshape(-1, LANES), codes.reshape(-1, LANES), n // LANES
@@ -111,7 +109,7 @@ def round_whole_steps(rows, n, largest, shift, codes, scales):  # type: ignore[n
     _store_halves(steps, scales.reshape(-1))
 
 
-@_jit
+@jit
 def round_nearest_value(rows, values, codes, scales):  # type: ignore[no-untyped-def]
     """MXFP4. values [16] float32; scales [rows, in / 32] uint8, exponents."""
     pieces, found = rows.reshape(-1, LANES), codes.reshape(-1, LANES)

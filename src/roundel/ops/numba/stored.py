@@ -15,6 +15,8 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
+from roundel.ops.numba.compiling import jit
+
 __all__ = [
     "BF16",
     "F16",
@@ -32,16 +34,16 @@ __all__ = [
 BF16, F16, F32 = np.uint16, np.int16, np.uint32  # the dtype under which the kernels take each kind's bits
 INFINITY = np.float32(np.inf)
 
-_jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 
-
-@_jit
+@jit
 def bits_of(value):  # type: ignore[no-untyped-def]
+    """The 32 bits of a float32."""
     return np.float32(value).view(np.uint32)
 
 
-@_jit
+@jit
 def float_of(bits):  # type: ignore[no-untyped-def]
+    """The float32 of 32 bits."""
     return np.uint32(bits).view(np.float32)
 
 
@@ -89,7 +91,7 @@ def _ends_compiled(stored, row, begin, count):  # type: ignore[no-untyped-def]
     return found
 
 
-@_jit
+@jit
 def ends_of_blocks(stored, row, group, tops, bottoms):  # type: ignore[no-untyped-def]
     """The ends of all blocks of a row, as bits."""
     width = stored.shape[1]
@@ -106,11 +108,13 @@ def add_square(total, value):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
 def error_of(value, code, scale):  # type: ignore[no-untyped-def]
+    """value - code * scale, which may be fused: errors are told, not stored."""
     return value - code * scale
 
 
-@_jit
+@jit
 def first_infinite(scales):  # type: ignore[no-untyped-def]
+    """The index of the first infinite scale of a row [blocks]; -1: none."""
     for block in range(len(scales)):
         if abs(scales[block]) == INFINITY:
             return block

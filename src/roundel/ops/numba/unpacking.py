@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from roundel.ops.numba.compiling import jit
 
 __all__ = ["unpack_columns"]
 
-_jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 _TILE = 16  # columns of words that fill a cache line
 _UNITS = 16  # of 32 codes, unpacked at a time
 
 
-@_jit
+@jit
 def _spread(octet, bits):  # type: ignore[no-untyped-def]
     """8 * bits bits -> eight codes in eight bytes."""
     b = np.uint64(bits)
@@ -26,7 +26,7 @@ def _spread(octet, bits):  # type: ignore[no-untyped-def]
     return (octet & low) | ((octet >> b) & low) << np.uint64(8)
 
 
-@_jit
+@jit
 def _unpack_row(stream, bits, out):  # type: ignore[no-untyped-def]
     """Part of a row's words -> its codes, eight to an octet. Words are read up to two beyond the end."""
     count = out.shape[0]
@@ -50,7 +50,7 @@ def _unpack_row(stream, bits, out):  # type: ignore[no-untyped-def]
             out[k] = _spread(value & mask, bits)
 
 
-@_jit
+@jit
 def unpack_columns(words, bits, octets, first):  # type: ignore[no-untyped-def]
     """Columns of words -> rows of codes: the word words[k, first + row] is the k-th of the row's stream.
 

@@ -1,4 +1,4 @@
-"""What the user asked, as one frozen value. Every default of a run that shapes its output is written here, once.
+"""The wish as one frozen value. Every default of a run that shapes its output is written here, once.
 
 A recipe is saved with the output (`recipe.json`) and can be fed back (`--recipe-file`). It holds nothing that does not
 shape the output: no paths, no device, no number of workers.
@@ -6,9 +6,7 @@ shape the output: no paths, no device, no number of workers.
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -17,21 +15,11 @@ from typing import Literal
 from roundel.chain import Chain, Value, known_options, make_chain, names_and_options
 from roundel.errors import RecipeError, nearest
 from roundel.formats import format_named
-from roundel.scheme import MIXES, Mix, Scheme
+from roundel.recipe.layer_config import compiled, scheme_of_entry
+from roundel.recipe.reading import parse_size, read_mapping, read_text
+from roundel.scheme import DEFAULT_SCHEME, MIXES, Mix, Scheme
 
-__all__ = ["RECIPES", "STORED", "Choice", "Recipe", "matches", "parse_layer_config", "parse_size"]
-
-_SIZE_UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-}
+__all__ = ["RECIPES", "STORED", "TOGETHER", "Recipe"]
 
 TOGETHER = 8  # samples
 STORED = "STORED"  # in place of a scheme, where a quantized checkpoint is converted: what each layer is on
@@ -43,14 +31,6 @@ RECIPES: dict[str, dict[str, object]] = {  # named wishes; what is given beside 
     "opt-rtn": {"algorithm": "opt-rtn"},
     "rtn": {"algorithm": "rtn"},
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """The scheme a layer gets (None: it stays in full precision), and where that was decided."""
-
-    scheme: Scheme | None
-    origin: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +61,7 @@ class Recipe:
     Raises RecipeError for a wish that makes no sense whatever the model.
     """
 
-    scheme: str = "W4A16"
+    scheme: str = DEFAULT_SCHEME
     conversion: Literal["exact", "requantize"] | None = None
     bits: int | None = None
     group_size: int | None = None
@@ -190,7 +170,7 @@ class Recipe:
     @property
     def importance_file(self) -> str | None:
         """The file of importances that stands for data."""
-        named = getattr(self.chain.algorithm, "imatrix", None)
+        named = self.chain.algorithm.imatrix
         return named if isinstance(named, str) else None
 
     @property
@@ -271,7 +251,7 @@ class Recipe:
     @classmethod
     def load(cls, path: Path) -> Recipe:
         """From a JSON or YAML file. Raises RecipeError when it cannot be read or means nothing."""
-        return cls.from_dict(_read_mapping(_read_text(path), str(path)))
+        return cls.from_dict(read_mapping(read_text(path), str(path)))
 
 
 def _mapping(value: object) -> Mapping[str, object]:
@@ -280,109 +260,5 @@ def _mapping(value: object) -> Mapping[str, object]:
     return value
 
 
-def matches(pattern: str, names: Iterable[str]) -> set[str]:
-    """The module names a pattern means.
-
-    A plain pattern (letters, digits, `_`, `-`, `.`) means the module of that name, else every module that has it as
-    whole components (`layers.1` is not `layers.10`, `gate` is not `gate_proj`), else every module it is a part of.
-    Anything else is a regular expression that may match anywhere in the name.
-    """
-    names = list(names)
-    if pattern in names:
-        return {pattern}
-    if re.fullmatch(r"[\w.\-]+", pattern):
-        inner = re.escape(pattern.strip("."))
-        whole = {n for n in names if re.search(rf"(^|\.){inner}(\.|$)", n)}
-        return whole or {n for n in names if re.search(inner + r"(?!\d)" if pattern[-1].isdigit() else inner, n)}
-    expression = compiled(pattern)
-    return {n for n in names if expression.search(n)}
-
-
-def compiled(pattern: str) -> re.Pattern[str]:
-    """A pattern as a regular expression. Raises RecipeError when it is not one."""
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise RecipeError(
-            f"Layer pattern {pattern!r} is not a regular expression: {error}. Escape special characters or use a "
-            f"plain name."
-        ) from error
-
-
-def scheme_of_entry(pattern: str, value: object, default: Scheme) -> Scheme | None:
-    """What one entry of layer_config asks for; None keeps the layer. Raises RecipeError naming the pattern."""
-    try:
-        if isinstance(value, str):
-            return None if value.upper() in ("BF16", "FP16", "KEEP") else Scheme.parse(value)
-        if not isinstance(value, Mapping):
-            raise RecipeError(f"{value!r} is neither a preset's name nor a mapping of scheme, bits, group_size, sym.")
-        if value.get("bits") == 16 or str(value.get("scheme", "")).upper() in ("BF16", "FP16"):
-            return None
-        return Scheme.parse(value if "scheme" in value else {"scheme": default.name, **value})
-    except RecipeError as error:
-        raise RecipeError(f"layer_config {pattern!r}: {error}") from error
-
-
-def parse_layer_config(text: str) -> dict[str, str | Mapping[str, object]]:
-    """JSON, YAML, the relaxed `{k_proj:{bits:8}}`, or `@file` holding one of them.
-
-    Raises RecipeError when none of them reads as a mapping.
-    """
-    if text.startswith("@"):
-        path = Path(text[1:]).expanduser()
-        found = _read_mapping(_read_text(path), str(path))
-    else:
-        found = _read_mapping(text, "layer_config")
-    for pattern, value in found.items():
-        if not isinstance(value, (str, Mapping)):
-            raise RecipeError(
-                f"layer_config {pattern!r}: {value!r} is neither a preset's name nor a mapping of scheme, bits, "
-                f"group_size, sym."
-            )
-    return found  # type: ignore[return-value]
-
-
-def parse_size(size: str | int) -> int:
-    """Bytes from 5000000000, "5GB" or "500MiB". Raises RecipeError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
-    if found is None or found[2].upper() not in _SIZE_UNITS:
-        raise RecipeError(
-            f"{size!r} is not a size. Write bytes, or a number with KB, MB, GB, KiB, MiB or GiB, such as 5GB."
-        )
-    count = int(float(found[1]) * _SIZE_UNITS[found[2].upper()])
-    if count < 1:
-        raise RecipeError(f"{size!r} is too small a size for a file.")
-    return count
-
-
 def _mix(name: str) -> Mix | None:
     return MIXES.get(name.strip().upper())
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}. Pass a JSON or YAML file.") from error
-
-
-def _read_mapping(text: str, what: str) -> dict[str, object]:
-    import yaml
-
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        try:
-            found = yaml.safe_load(_relaxed(text) if text.lstrip().startswith("{") else text)
-        except (yaml.YAMLError, ValueError, RecursionError):
-            found = None
-    if isinstance(found, dict) and all(isinstance(k, str) and found[k] is not None for k in found):
-        return found
-    raise RecipeError(
-        f"{what} is not a mapping in JSON or YAML: {text[:80]!r}. Write {{k_proj: {{bits: 8}}}} or @file."
-    )
-
-
-def _relaxed(text: str) -> str:
-    """`{k_proj:{bits:8}}` -> YAML: a space after every colon outside quotes."""
-    return re.sub(r"(\"[^\"]*\"|'[^']*')|:(?=\S)", lambda m: m[1] or ": ", text)

@@ -1,0 +1,77 @@
+"""What stands in the files of a format: its tensors, those of experts in one, and whether their names go together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from roundel.choosing import Choice
+from roundel.errors import PlanError
+from roundel.formats import Format
+from roundel.formats.format import CACHE_PARTS
+from roundel.io.safetensors import stacked
+from roundel.planning.plan import Work
+from roundel.tensor import TensorSpec
+from roundel.unit import Layer
+
+__all__ = ["check_names", "check_stacks", "specs_of", "stacks_of"]
+
+
+def specs_of(works: Sequence[Work], format: Format) -> list[TensorSpec]:
+    """Every tensor of a format's files, those of experts each by itself."""
+    specs: list[TensorSpec] = []
+    for work in works:
+        for layer in work.rounded:
+            specs += [TensorSpec(f"{layer.name}.{s.name}", s.dtype, s.shape) for s in format.outputs(layer)]
+        specs += [TensorSpec(f"{module}.{part}", "F32", (1,)) for module in work.caches for part in CACHE_PARTS]
+        decoded = work.decodes if work.layer is None or work.kind == "round" else (work.layer,)
+        stay = [TensorSpec(layer.tensor, layer.dtype, layer.shape) for layer in decoded]
+        kept = (format.kept(spec) for spec in (*stay, *(c.spec for c in work.copies)))
+        specs += [spec for spec in kept if spec is not None]
+    extras = format.extras().items()
+    return specs + [TensorSpec(name, "F32", tuple(tensor.shape)) for name, tensor in extras]
+
+
+def stacks_of(layers: Sequence[Layer], format: Format) -> dict[str, tuple[str, int]]:
+    """The tensors of experts that a format has in one, and where."""
+    found: dict[str, tuple[str, int]] = {}
+    for layer in layers:
+        stack = format.stack(layer.name)
+        if stack is not None:
+            parts = [s.name for s in format.outputs(layer)] + ["bias"] * (layer.bias is not None)
+            found |= {f"{layer.name}.{part}": (f"{stack[0]}.{part}", stack[1]) for part in parts}
+    return found
+
+
+def check_stacks(layers: Sequence[Layer], choices: Mapping[str, Choice], formats: Sequence[Format]) -> None:
+    """Experts that share a tensor are all rounded, and alike."""
+    schemes = {layer.name: layer.scheme for layer in layers}
+    problems: list[str] = []
+    for format in formats:
+        stacks: dict[str, dict[int, str]] = {}
+        for name in choices:
+            stack = format.stack(name)
+            if stack is not None:
+                stacks.setdefault(stack[0], {})[stack[1]] = name
+        for stack_name, members in stacks.items():
+            kinds = Counter(schemes[name].name if name in schemes else "kept" for name in members.values())
+            if len(kinds) > 1 or (set(members) != set(range(len(members))) and "kept" not in kinds):
+                problems.append(
+                    f"{format.name} holds the {len(members)} experts of {stack_name} in one tensor, and they are "
+                    f"{', '.join(f'{count} {kind}' for kind, count in kinds.items())}. Give them one scheme."
+                )
+    if problems:
+        raise PlanError(problems)
+
+
+def check_names(works: Sequence[Work], formats: Sequence[Format], source: str) -> None:
+    """A file holds a name once, and a journal too."""
+    layers = [layer for work in works for layer in work.rounded]
+    files = [stacked(specs_of(works, f), stacks_of(layers, f)) for f in formats]
+    for names in ([w.name for w in works], *([s.name for s in specs] for specs in files)):
+        if len(set(names)) < len(names):
+            double = Counter(names).most_common(1)[0][0]
+            raise PlanError(
+                f"{source} would need the name {double!r} twice: a tensor of this name is in the way of a layer's. "
+                "Rename it, or keep the layer with --ignore-layers."
+            )
