@@ -10,7 +10,11 @@ from pathlib import Path
 import click
 import pytest
 
+import roundel
 from roundel.cli.main import cli
+from roundel.data.bundled import bundled_model
+from roundel.errors import QuantizationError
+from roundel.formats import reader_of
 
 ROOT = Path(__file__).parents[2]
 HELP = sorted((ROOT / "src" / "roundel" / "cli").glob("*.py"))
@@ -40,3 +44,33 @@ def test_every_command_is_taken(file: str, line: int, text: str) -> None:
     command = cli.get_command(click.Context(cli), name)
     assert command is not None, f"{file}:{line}: there is no command {name}"
     command.make_context(name, words)
+
+
+WISHES: tuple[dict[str, object], ...] = (
+    {"format": "auto_gpqt"},
+    {"format": "modelopt"},
+    {"bits": 9},
+    {"scheme": "MXFP4", "bits": 3},
+    {"layer_config": {"k_proj": {"bit": 3}}},
+    {"scheme": "W3A16", "format": "auto_awq,bnb", "layer_config": {"nope": "W4A16"}, "ignore_layers": ["foo"]},
+    {"layer_config": {"embed": {"bits": 8}}},
+    {"format": "auto_awq", "layer_config": {"k_proj": "W4A16G32"}},
+    {"layer_config": {"k_proj": "MXFP4"}},
+)
+
+
+@pytest.mark.parametrize("wishes", WISHES, ids=str)
+def test_errors_md_shows_what_is_said(wishes: dict[str, object]) -> None:
+    with pytest.raises(QuantizationError) as error:
+        roundel.plan(bundled_model(), **wishes)
+    assert " ".join(str(error.value).split()) in errors_page()
+
+
+def test_errors_md_shows_what_is_read() -> None:
+    with pytest.raises(QuantizationError) as error:
+        reader_of({"quantization_config": {"quant_method": "quanto"}})
+    assert str(error.value) in errors_page()
+
+
+def errors_page() -> str:
+    return " ".join((ROOT / "docs" / "errors.md").read_text(encoding="utf-8").split())
