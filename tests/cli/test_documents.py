@@ -11,9 +11,12 @@ import click
 import pytest
 
 import roundel
+from commands import command
 from roundel.cli.main import cli
+from roundel.committer import FLUSH_BYTES
 from roundel.data.bundled import bundled_model
 from roundel.errors import QuantizationError
+from roundel.families import known_types
 from roundel.formats import reader_of
 
 ROOT = Path(__file__).parents[2]
@@ -41,9 +44,9 @@ def test_they_are_found() -> None:
 @pytest.mark.parametrize(("file", "line", "text"), COMMANDS, ids=[f"{file}:{line}" for file, line, _ in COMMANDS])
 def test_every_command_is_taken(file: str, line: int, text: str) -> None:
     name, *words = shlex.split(text)
-    command = cli.get_command(click.Context(cli), name)
-    assert command is not None, f"{file}:{line}: there is no command {name}"
-    command.make_context(name, words)
+    known = cli.get_command(click.Context(cli), name)
+    assert known is not None, f"{file}:{line}: there is no command {name}"
+    known.make_context(name, words)
 
 
 WISHES: tuple[dict[str, object], ...] = (
@@ -63,14 +66,28 @@ WISHES: tuple[dict[str, object], ...] = (
 def test_errors_md_shows_what_is_said(wishes: dict[str, object]) -> None:
     with pytest.raises(QuantizationError) as error:
         roundel.plan(bundled_model(), **wishes)
-    assert " ".join(str(error.value).split()) in errors_page()
+    assert " ".join(str(error.value).split()) in page("errors")
 
 
 def test_errors_md_shows_what_is_read() -> None:
     with pytest.raises(QuantizationError) as error:
         reader_of({"quantization_config": {"quant_method": "quanto"}})
-    assert str(error.value) in errors_page()
+    assert str(error.value) in page("errors")
 
 
-def errors_page() -> str:
-    return " ".join((ROOT / "docs" / "errors.md").read_text(encoding="utf-8").split())
+def test_the_readme_has_the_table_that_is_printed() -> None:
+    printed = command("list", "formats", "--markdown").output.strip()
+    assert printed in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_sources_md_names_every_family() -> None:
+    assert f"{', '.join(known_types())}." in page("sources")
+
+
+def test_resume_md_says_how_often_is_flushed() -> None:
+    assert f"at least every {FLUSH_BYTES >> 20} MiB" in page("resume")
+
+
+def page(name: str) -> str:
+    """A document, its lines joined."""
+    return " ".join((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8").split())
