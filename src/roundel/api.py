@@ -231,7 +231,7 @@ def quantize_checkpoint(
             except Demoted as error:
                 if recipe.strict or recipe.conversion is not None:
                     raise
-                demoted = {**demoted, **{name: _short(text) for name, text in error.layers.items()}}
+                demoted |= _reasons(error)
                 clear(out, made)
                 made = build_plan(checkpoint, recipe, demoted, seen)
 
@@ -264,8 +264,8 @@ def _demoted(out: Path, recipe: Recipe) -> dict[str, str]:
     return {str(k): str(v) for k, v in found.items()} if isinstance(found, Mapping) else {}
 
 
-def _short(text: str) -> str:
-    return "weights that cannot be rounded: " + text.partition(": ")[2].partition(". ")[0]
+def _reasons(error: Demoted) -> dict[str, str]:
+    return {name: f"weights that cannot be rounded: {each.reason}" for name, each in error.layers.items()}
 
 
 def _recipe(recipe: Recipe | None, wishes: Mapping[str, object]) -> Recipe:

@@ -139,12 +139,12 @@ class Units:
 
     def _look_at_weights(self, todo: Sequence[Work]) -> None:
         """Read all weights once: what cannot be rounded shows before hours are spent. Raises Demoted."""
-        bad: dict[str, str] = {}
+        bad: dict[str, NumericsError] = {}
         for layer in (layer for work in todo for layer in work.layers):
             try:
                 finite(layer, self.checkpoint.weights(layer))
             except NumericsError as error:
-                bad[layer.name] = str(error)
+                bad[layer.name] = error
         if bad:
             raise Demoted(bad)
 

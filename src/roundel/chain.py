@@ -137,7 +137,7 @@ def names_and_options(steps: object) -> tuple[str, dict[str, Value]]:
         else:
             raise RecipeError(
                 f"algorithm={step!r} is neither the name of an algorithm nor one of roundel.algorithms or "
-                "roundel.transforms."
+                'roundel.transforms. Pass "gptq", Gptq(damping=0.05), or a list of such.'
             )
     return ",".join(names), options
 

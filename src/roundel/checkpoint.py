@@ -148,35 +148,31 @@ class Checkpoint:
         return (*matrices, *(m.bias[0] for m in self.matrices.values() if m.bias is not None), *self.loose)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of what `tensor` returns, without reading it."""
-        module, _, part = name.rpartition(".")
-        matrix = self.matrices.get(module)
-        if matrix is None and module == self.family.head and self.is_tied:
-            matrix = self.tied_head()
-        if matrix is not None and part == "weight":
-            return matrix.shape
-        if matrix is not None and matrix.bias is not None and matrix.bias[0] == name:
-            return matrix.bias[1].shape(self.source.tensors[matrix.bias[1].tensor])
-        if name not in self.source.tensors:
-            raise SourceError(f"{self.source.name} has no tensor {name}, which the model needs. Fetch it again.")
-        return self.source.tensors[name].shape
+        """The shape of what `tensor` returns, without reading it. Raises SourceError when there is none."""
+        found = self._named(name)
+        return found.shape if isinstance(found, Matrix) else found.shape(self.source.tensors[found.tensor])
 
     def tensor(self, name: str) -> Tensor:
         """A tensor by the name it has in a written checkpoint: a matrix decoded and split, a bias, or a loose tensor.
 
         Raises SourceError when there is none.
         """
+        found = self._named(name)
+        return self.weights(found.layer()) if isinstance(found, Matrix) else self.read_piece(found)
+
+    def _named(self, name: str) -> Matrix | Piece:
+        """The matrix whose weight has a name in a written checkpoint, or the part of a stored tensor that has it."""
         module, _, part = name.rpartition(".")
         matrix = self.matrices.get(module)
         if matrix is None and module == self.family.head and self.is_tied:
             matrix = self.tied_head()
         if matrix is not None and part == "weight":
-            return self.weights(matrix.layer())
+            return matrix
         if matrix is not None and matrix.bias is not None and matrix.bias[0] == name:
-            return self.read_piece(matrix.bias[1])
+            return matrix.bias[1]
         if name not in self.source.tensors:
             raise SourceError(f"{self.source.name} has no tensor {name}, which the model needs. Fetch it again.")
-        return self.read_piece(Piece(tensor=name))
+        return Piece(tensor=name)
 
     @property
     def layers(self) -> dict[str, Layer]:

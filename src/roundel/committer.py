@@ -8,7 +8,7 @@ from roundel.io.journal import Journal
 from roundel.io.safetensors import Shard
 from roundel.report import Row
 
-__all__ = ["Committer"]
+__all__ = ["FLUSH_BYTES", "Committer"]
 
 FLUSH_BYTES = 32 << 20  # flushed and journaled at least this often, or after FLUSH_SECONDS
 FLUSH_SECONDS = 1.0

@@ -91,9 +91,16 @@ class SourceError(QuantizationError):
 
 
 class NumericsError(QuantizationError):
-    """Weights are not finite, or leave the range of the scale's type. Names layer and first bad index."""
+    """Weights are not finite, or leave the range of the scale's type. Names layer and first bad index.
+
+    reason   the part of the message that says what is wrong with a layer that cannot be rounded; else empty
+    """
 
     exit_code = 6
+
+    def __init__(self, text: str, reason: str = "") -> None:
+        self.reason = reason
+        super().__init__(text)
 
 
 class VerificationError(QuantizationError):

@@ -100,10 +100,11 @@ def round_and_pack(layer: Layer, format: Format, read: Read) -> tuple[dict[str, 
 def not_finite(layer: Layer, row: int, column: int, value: float) -> NumericsError:
     """The error for a weight that cannot be rounded."""
     what = f"is {value}" if not math.isfinite(value) else f"is {value}, beyond what a float16 scale can reach"
+    reason = f"weight [{row}, {column}] {what}"
     return NumericsError(
-        f"{layer.name} {list(layer.shape)}: weight [{row}, {column}] {what}. It has no nearest code. Mend the "
-        f"checkpoint, or keep "
-        f"this layer in full precision with --ignore-layers {layer.name}."
+        f"{layer.name} {list(layer.shape)}: {reason}. It has no nearest code. Mend the checkpoint, or keep this layer "
+        f"in full precision with --ignore-layers {layer.name}.",
+        reason,
     )
 
 

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
 from roundel.checkpoint import Checkpoint, Matrix
 
-__all__ = ["Inspection", "inspect_checkpoint"]
+__all__ = ["Inspected", "Inspection", "inspect_checkpoint"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspected:
+    """One matrix: the scheme or the dtype it is stored as, its stored bits per weight, and why it is not rounded (""
+    where it is)."""
+
+    name: str
+    shape: tuple[int, int]
+    stored_as: str
+    bits: float
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +42,7 @@ class Inspection:
     nbytes: int
     quantized_bytes: int
     shards: int
-    rows: tuple[tuple[str, tuple[int, int], str, float, str], ...]
+    matrices: tuple[Inspected, ...]
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -50,47 +63,56 @@ class Inspection:
             "bits_per_weight": self.bits_per_weight,
             "shards": self.shards,
             "matrices": [
-                {"name": name, "shape": list(shape), "scheme": scheme, "bits_per_weight": bits, "reason": reason}
-                for name, shape, scheme, bits, reason in self.rows
+                {
+                    "name": each.name,
+                    "shape": list(each.shape),
+                    "scheme": each.stored_as,
+                    "bits_per_weight": each.bits,
+                    "reason": each.reason,
+                }
+                for each in self.matrices
             ],
         }
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     """Facts of an opened checkpoint."""
-    schemes: Counter[str] = Counter()
-    weights: Counter[str] = Counter()
-    floats: Counter[str] = Counter()
-    float_weights: Counter[str] = Counter()
-    rows, quantized_bytes = [], 0
-    for matrix in checkpoint.matrices.values():
-        count = matrix.shape[0] * matrix.shape[1]
-        if matrix.stored.scheme is None:
-            floats[matrix.dtype] += 1
-            float_weights[matrix.dtype] += count
-            rows.append(
-                (matrix.name, matrix.shape, matrix.dtype, _bytes(checkpoint, matrix) * 8 / count, matrix.reason or "")
-            )
-            continue
-        nbytes = _bytes(checkpoint, matrix)
-        quantized_bytes += nbytes
-        schemes[matrix.stored.scheme.name] += 1
-        weights[matrix.stored.scheme.name] += count
-        rows.append((matrix.name, matrix.shape, matrix.stored.scheme.name, nbytes * 8 / count, ""))
-    packing = getattr(checkpoint.reader, "packing", None)
+    matrices = list(checkpoint.matrices.values())
+    rounded = [(matrix.stored.scheme.name, matrix) for matrix in matrices if matrix.stored.scheme is not None]
     source = checkpoint.source
     return Inspection(
         name=source.name,
         model_type=str(source.config.get("model_type", "unknown")),
         family=checkpoint.family.name + (" (a guess)" if checkpoint.family.guess else ""),
         format=checkpoint.reader.name if checkpoint.reader else "plain",
-        packing=packing,
-        schemes={k: (schemes[k], weights[k]) for k in schemes},
-        floats={k: (floats[k], float_weights[k]) for k in floats},
+        packing=checkpoint.reader.packing if checkpoint.reader else None,
+        schemes=_counted(rounded),
+        floats=_counted([(matrix.dtype, matrix) for matrix in matrices if matrix.stored.scheme is None]),
         nbytes=sum(s.nbytes for s in source.tensors.values()),
-        quantized_bytes=quantized_bytes,
+        quantized_bytes=sum(_bytes(checkpoint, matrix) for _, matrix in rounded),
         shards=len({source.shard_of(n) for n in source.tensors}),
-        rows=tuple(rows),
+        matrices=tuple(_inspected(checkpoint, matrix) for matrix in matrices),
+    )
+
+
+def _counted(named: list[tuple[str, Matrix]]) -> dict[str, tuple[int, int]]:
+    """Name -> (matrices, weights) under it."""
+    matrices: Counter[str] = Counter()
+    weights: Counter[str] = Counter()
+    for name, matrix in named:
+        matrices[name] += 1
+        weights[name] += math.prod(matrix.shape)
+    return {name: (count, weights[name]) for name, count in matrices.items()}
+
+
+def _inspected(checkpoint: Checkpoint, matrix: Matrix) -> Inspected:
+    scheme = matrix.stored.scheme
+    return Inspected(
+        name=matrix.name,
+        shape=matrix.shape,
+        stored_as=matrix.dtype if scheme is None else scheme.name,
+        bits=8 * _bytes(checkpoint, matrix) / math.prod(matrix.shape),
+        reason=matrix.reason or "" if scheme is None else "",
     )
 
 
@@ -99,15 +121,5 @@ def _bytes(checkpoint: Checkpoint, matrix: Matrix) -> int:
     total = 0
     for piece in matrix.stored.parts.values():
         spec = checkpoint.source.tensors[piece.tensor]
-        elements = 1
-        for length in piece.shape(spec):
-            elements *= length
-        total += elements * spec.nbytes // max(1, _elements(spec.shape))
+        total += math.prod(piece.shape(spec)) * spec.nbytes // max(1, math.prod(spec.shape))
     return total
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count

@@ -24,16 +24,16 @@ COMPARED = 1 << 22  # weights decoded at a time
 
 
 class Demoted(NumericsError):
-    """Layers that cannot be rounded. The plan must be made anew with them kept: layer name -> why."""
+    """Layers that cannot be rounded, by name. The plan must be made anew with them kept."""
 
-    def __init__(self, layers: dict[str, str]) -> None:
+    def __init__(self, layers: Mapping[str, NumericsError]) -> None:
         self.layers = layers
         more = (
             f" ({len(layers) - 1} more layers have such weights: {', '.join(list(layers)[1:6])})"
             if len(layers) > 1
             else ""
         )
-        super().__init__(next(iter(layers.values())) + more)
+        super().__init__(str(next(iter(layers.values()))) + more)
 
 
 def finite(layer: Layer, weight: Tensor) -> Tensor:

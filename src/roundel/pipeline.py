@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -70,67 +70,60 @@ def run(
     Raises Demoted when weights are not finite, after all of the model was looked at, and KeyboardInterrupt: after one
     Ctrl-C at the end of the work at hand, after the second at once.
     """
-    with Interruption() as interruption:
-        return _run(plan, checkpoint, out, workers, device, progress, calibration, interruption)
-
-
-def _run(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    out: Path,
-    workers: int,
-    device: str,
-    progress: Progress | None,
-    calibration: Calibration | None,
-    interruption: Interruption,
-) -> Report:
     started = time.perf_counter()
+    with Interruption() as interruption:
+        journal = _journal(out, plan)
+        resumed = len(journal.finished)
+        if progress is not None:
+            for work in plan.works:
+                if work.name in journal.finished:
+                    progress(work, Row.from_dict(journal.finished[work.name]))
+        shards = open_shards(out, plan)
+        opened = tuple({id(s): s for by_tensor in shards for s in by_tensor.values()}.values())
+        try:
+            _put_extras(plan, shards)
+            committer = Committer(journal, opened)
+            loop = _loop(plan, checkpoint, shards, device, committer, progress, interruption)
+            try:
+                loop.go([w for w in plan.works if w.kind != "unit" and w.name not in journal.finished], workers)
+            finally:
+                committer.close()
+            if loop.bad:
+                raise Demoted({w.name: loop.bad[w.name] for w in plan.works if w.name in loop.bad})
+            if calibration is not None:
+                units = Units(plan, checkpoint, out, shards, journal, calibration, device, free_memory(), progress)
+                units.run(interruption)
+        except BaseException:
+            for shard in opened:
+                shard.close()
+            journal.close()
+            raise
+        for shard in opened:
+            shard.finish()
+        rows = tuple(r for w in plan.works for r in Row.from_dict(journal.finished[w.name]).flat())
+        journal.close()
+        report = Report(plan=plan, folder=out, rows=rows, seconds=time.perf_counter() - started, resumed=resumed)
+        finish(out, plan, checkpoint.source, report)
+        return report
+
+
+def _journal(out: Path, plan: Plan) -> Journal:
+    """What is done of the plan; of nothing, where somebody took files away that the journal speaks of."""
     identity = {**plan.identity(), "fingerprint": plan.fingerprint}
     journal = Journal(out, identity)
-    if not is_intact(out, plan, journal.finished):
-        journal.close()
-        clear(out, plan)  # somebody took files away: what the journal says of them is worth nothing
-        journal = Journal(out, identity)
-    resumed = len(journal.finished)
-    if progress is not None:
-        for work in plan.works:
-            if work.name in journal.finished:
-                progress(work, Row.from_dict(journal.finished[work.name]))
-    shards = open_shards(out, plan)
+    if is_intact(out, plan, journal.finished):
+        return journal
+    journal.close()
+    clear(out, plan)
+    return Journal(out, identity)
+
+
+def _put_extras(plan: Plan, shards: Sequence[Mapping[str, Shard]]) -> None:
+    """Tensors that formats store and no source has."""
     for output, by_tensor in zip(plan.outputs, shards, strict=True):
         for name, tensor in output.format.extras().items():
             if name in by_tensor:
                 by_tensor[name].put(name, as_bytes(tensor))
-    opened = {id(s): s for by_tensor in shards for s in by_tensor.values()}
-    committer = Committer(journal, tuple(opened.values()))
-    chain = plan.recipe.chain
-    loop = _Loop(
-        plan, checkpoint, shards, device, committer, progress, interruption,
-        algorithm=Rtn() if chain.reads_activations else chain.algorithm,
-        outside="outside the decoder blocks: rounded to nearest" if chain.reads_activations else None,
-    )  # fmt: skip
-    try:
-        try:
-            loop.go([w for w in plan.works if w.kind != "unit" and w.name not in journal.finished], workers)
-        finally:
-            committer.close()
-        if loop.bad:
-            raise Demoted({w.name: loop.bad[w.name] for w in plan.works if w.name in loop.bad})
-        if calibration is not None:
-            units = Units(plan, checkpoint, out, shards, journal, calibration, device, free_memory(), progress)
-            units.run(interruption)
-    except BaseException:
-        for shard in opened.values():
-            shard.close()
-        journal.close()
-        raise
-    for shard in opened.values():
-        shard.finish()
-    rows = tuple(r for w in plan.works for r in Row.from_dict(journal.finished[w.name]).flat())
-    journal.close()
-    report = Report(plan=plan, folder=out, rows=rows, seconds=time.perf_counter() - started, resumed=resumed)
-    finish(out, plan, checkpoint.source, report)
-    return report
 
 
 @dataclass
@@ -146,7 +139,7 @@ class _Loop:
     interruption: Interruption
     algorithm: Algorithm
     outside: str | None = None  # said of every layer, where the algorithm is not the one asked for
-    bad: dict[str, str] = field(default_factory=dict)
+    bad: dict[str, NumericsError] = field(default_factory=dict)
     largest: dict[str, float] = field(default_factory=dict)
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -181,7 +174,7 @@ class _Loop:
                 row = self._perform(work)
             except NumericsError as error:
                 with self.lock:
-                    self.bad[work.name] = str(error)
+                    self.bad[work.name] = error
                 continue
             self._drop(work)
             if not self.bad:
@@ -309,6 +302,24 @@ class _Loop:
                 for name, data in tensors.items():
                     by_tensor[name].put(name, data)
                     nbytes[number] += len(data)
+
+
+def _loop(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    shards: list[dict[str, Shard]],
+    device: str,
+    committer: Committer,
+    progress: Progress | None,
+    interruption: Interruption,
+) -> _Loop:
+    """The loop over what stands apart from units, where an algorithm that reads activations has none to read."""
+    chain = plan.recipe.chain
+    return _Loop(
+        plan, checkpoint, shards, device, committer, progress, interruption,
+        algorithm=Rtn() if chain.reads_activations else chain.algorithm,
+        outside="outside the decoder blocks: rounded to nearest" if chain.reads_activations else None,
+    )  # fmt: skip
 
 
 def _to_device(tensor: Tensor, device: str) -> Tensor:

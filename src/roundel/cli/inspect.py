@@ -43,7 +43,7 @@ def inspect(path: str, revision: str | None, as_json: bool) -> None:
     console.print(escape(f"{found.name}: {found.model_type}, family {found.family}, format {found.format}{packing}"))
     shown = table("matrices", "count", "shape", "stored as", "bits", "why not rounded")
     for pattern, count, cells in folded(
-        (n, f"{s[0]}×{s[1]}", scheme, f"{bits:.3f}", why) for n, s, scheme, bits, why in found.rows
+        (m.name, f"{m.shape[0]}×{m.shape[1]}", m.stored_as, f"{m.bits:.3f}", m.reason) for m in found.matrices
     ):
         shown.add_row(escape(pattern), str(count), *map(escape, cells))
     console.print(shown)

@@ -28,7 +28,6 @@ def list_(what: str, why: bool, markdown: bool) -> None:
 
 
 def _schemes() -> None:
-
     from roundel.cli.show import console, table
     from roundel.scheme import MIXES, PRESETS, describe_block
 
@@ -71,7 +70,6 @@ def _scale(scale: str | Grid) -> str:
 
 
 def _formats(why: bool, markdown: bool) -> None:
-
     from roundel.cli.show import console, table
     from roundel.formats import FORMATS
     from roundel.support import NOT_LOADED, support_rows

@@ -115,7 +115,8 @@ def _tensors(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> dict[str,
         if layer in weights and part != "bias":
             if part == "weight" and spec.dtype in FLOAT_DTYPES and spec.shape != tuple(weights[layer].shape):
                 raise SourceError(
-                    f"{layer} is {list(spec.shape)} in {source.name}, but {list(weights[layer].shape)} was given."
+                    f"{layer} is {list(spec.shape)} in {source.name}, but {list(weights[layer].shape)} was given. "
+                    "Decode the layer of this checkpoint, or of one that was made from it."
                 )
             replaced.add(layer)
         elif spec.dtype in FLOAT_DTYPES:
@@ -149,7 +150,10 @@ def _assembled(name: str, settings: Mapping[str, Any], tensors: dict[str, Tensor
             None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
         )
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise SourceError(f"transformers cannot make a causal language model of {name} ({error}).") from error
+        raise SourceError(
+            f"transformers cannot make a causal language model of {name} ({error}). Install the release "
+            "of transformers that it was made for, or fetch the checkpoint again."
+        ) from error
     model: nn.Module = loaded[0]
     missing = sorted(loaded[1]["missing_keys"])
     if missing:

@@ -81,6 +81,5 @@ def reader_of(config: Mapping[str, object]) -> Format | None:
             return reader
     raise SourceError(
         f"The checkpoint is quantized by {quantization.get('quant_method')!r}, which is not read. Start from the "
-        f"original model; "
-        f"read are {', '.join(FORMATS)}."
+        f"original model; read are {', '.join(FORMATS)}."
     )

@@ -103,6 +103,11 @@ class Format(Protocol):
     keeps_codes: ClassVar[bool] = True  # whether what is stored are codes, not floats that are rounded once more
     rounds_inputs: ClassVar[bool] = False  # whether readers round the inputs of every layer, whatever they were before
 
+    @property
+    def packing(self) -> str | None:
+        """Which of several layouts it is, by the name that configs have for it; None where there is one."""
+        return None
+
     def for_model(self, model: Model) -> Format:
         """The format for this model. Raises PlanError where it has no place for it."""
         return self

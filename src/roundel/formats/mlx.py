@@ -177,9 +177,11 @@ def pack_mlx(layer: Layer, weight: QuantizedTensor) -> dict[str, Tensor]:
         codes = (codes.to(torch.int16) + (1 << (element.bits - 1))).to(torch.uint8)
     biases = _biases(weight)
     if not bool(torch.isfinite(biases).all()):
+        reason = f"its weights lie beyond what a {biases.dtype} bias can reach"
         raise NumericsError(
-            f"{layer.name} {list(layer.shape)}: its weights lie beyond what a {biases.dtype} bias can reach. Keep this "
-            f"layer in full precision with --ignore-layers {layer.name}."
+            f"{layer.name} {list(layer.shape)}: {reason}. Keep this layer in full precision with --ignore-layers "
+            f"{layer.name}.",
+            reason,
         )
     return {"weight": pack_rows(codes, element.bits).view(torch.uint32), "scales": scale, "biases": biases}
 

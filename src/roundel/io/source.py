@@ -135,7 +135,10 @@ class Source:
     def json(self, name: str) -> dict[str, object]:
         """A small JSON file of the checkpoint. Raises SourceError when it is missing or not a JSON object."""
         if self.files.files.get(name, 0) > JSON_LIMIT:
-            raise SourceError(f"{name} is {self.files.files[name]} bytes, too large for what it should be.")
+            raise SourceError(
+                f"{name} is {self.files.files[name]} bytes, too large for what it should be. Fetch the "
+                "checkpoint again."
+            )
         try:
             value = json.loads(self.files.fetch(name).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:

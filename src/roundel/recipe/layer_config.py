@@ -48,7 +48,10 @@ def scheme_of_entry(pattern: str, value: object, default: Scheme) -> Scheme | No
         if isinstance(value, str):
             return None if value.upper() in ("BF16", "FP16", "KEEP") else Scheme.parse(value)
         if not isinstance(value, Mapping):
-            raise RecipeError(f"{value!r} is neither a preset's name nor a mapping of scheme, bits, group_size, sym.")
+            raise RecipeError(
+                f"{value!r} is neither a preset's name nor a mapping of scheme, bits, group_size, sym. Write W8A16, or "
+                "{bits: 8}."
+            )
         if value.get("bits") == 16 or str(value.get("scheme", "")).upper() in ("BF16", "FP16"):
             return None
         return Scheme.parse(value if "scheme" in value else {"scheme": default.name, **value})
@@ -56,20 +59,12 @@ def scheme_of_entry(pattern: str, value: object, default: Scheme) -> Scheme | No
         raise RecipeError(f"layer_config {pattern!r}: {error}") from error
 
 
-def parse_layer_config(text: str) -> dict[str, str | Mapping[str, object]]:
+def parse_layer_config(text: str) -> dict[str, object]:
     """JSON, YAML, the relaxed `{k_proj:{bits:8}}`, or `@file` holding one of them.
 
-    Raises RecipeError when none of them reads as a mapping.
+    Raises RecipeError when none of them reads as a mapping; what entries ask is read by `scheme_of_entry`.
     """
     if text.startswith("@"):
         path = Path(text[1:]).expanduser()
-        found = read_mapping(read_text(path), str(path))
-    else:
-        found = read_mapping(text, "layer_config")
-    for pattern, value in found.items():
-        if not isinstance(value, (str, Mapping)):
-            raise RecipeError(
-                f"layer_config {pattern!r}: {value!r} is neither a preset's name nor a mapping of scheme, bits, "
-                f"group_size, sym."
-            )
-    return found  # type: ignore[return-value]
+        return read_mapping(read_text(path), str(path))
+    return read_mapping(text, "layer_config")

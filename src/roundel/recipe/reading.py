@@ -32,7 +32,7 @@ def parse_size(size: str | int) -> int:
         )
     count = int(float(found[1]) * _SIZE_UNITS[found[2].upper()])
     if count < 1:
-        raise RecipeError(f"{size!r} is too small a size for a file.")
+        raise RecipeError(f"{size!r} is too small a size for a file. Ask for 1 byte or more.")
     return count
 
 

@@ -140,7 +140,10 @@ class Recipe:
             raise RecipeError(f"kv_cache={self.kv_cache!r} is not possible: fp8, or nothing.")
         reads = self.reads_activations
         if self.calibrate_all_experts and not reads:
-            raise RecipeError(f"calibrate_all_experts has no meaning for {self.algorithm}, which looks at no data.")
+            raise RecipeError(
+                f"calibrate_all_experts has no meaning for {self.algorithm}, which looks at no data. Drop it, or "
+                "choose an algorithm that does, such as gptq."
+            )
         if self.importance_file is not None and self.chain.transforms:
             raise RecipeError(
                 f"{self.importance_file} says what enters layers as they are, and {self.chain.transforms[0].name} "

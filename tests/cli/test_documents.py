@@ -1,0 +1,92 @@
+"""What README.md, the documents and the help say to type is what the command line takes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+import roundel
+from commands import command
+from roundel.cli.main import cli
+from roundel.committer import FLUSH_BYTES
+from roundel.data.bundled import bundled_model
+from roundel.errors import QuantizationError
+from roundel.families import known_types
+from roundel.formats import reader_of
+
+ROOT = Path(__file__).parents[2]
+HELP = sorted((ROOT / "src" / "roundel" / "cli").glob("*.py"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ADDED_BY_THE_READER = "--algorithm clip"  # docs/adding_an_algorithm.md
+
+
+def commands() -> Iterator[tuple[str, int, str]]:
+    """(file, line, command) of every command that stands on a line of its own, without what is said behind it."""
+    for path in (*PAGES, *HELP):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            found = re.match(r" {4,}roundel (?=[a-z])(.*)", line)
+            if found and ADDED_BY_THE_READER not in line:
+                yield str(path.relative_to(ROOT)), number, re.split(r" {2,}", found[1])[0]
+
+
+COMMANDS = list(commands())
+
+
+def test_they_are_found() -> None:
+    assert {"README.md", "docs/datasets.md", "docs/formats.md", "src/roundel/cli/main.py"} <= {c[0] for c in COMMANDS}
+
+
+@pytest.mark.parametrize(("file", "line", "text"), COMMANDS, ids=[f"{file}:{line}" for file, line, _ in COMMANDS])
+def test_every_command_is_taken(file: str, line: int, text: str) -> None:
+    name, *words = shlex.split(text)
+    known = cli.get_command(click.Context(cli), name)
+    assert known is not None, f"{file}:{line}: there is no command {name}"
+    known.make_context(name, words)
+
+
+WISHES: tuple[dict[str, object], ...] = (
+    {"format": "auto_gpqt"},
+    {"format": "modelopt"},
+    {"bits": 9},
+    {"scheme": "MXFP4", "bits": 3},
+    {"layer_config": {"k_proj": {"bit": 3}}},
+    {"scheme": "W3A16", "format": "auto_awq,bnb", "layer_config": {"nope": "W4A16"}, "ignore_layers": ["foo"]},
+    {"layer_config": {"embed": {"bits": 8}}},
+    {"format": "auto_awq", "layer_config": {"k_proj": "W4A16G32"}},
+    {"layer_config": {"k_proj": "MXFP4"}},
+)
+
+
+@pytest.mark.parametrize("wishes", WISHES, ids=str)
+def test_errors_md_shows_what_is_said(wishes: dict[str, object]) -> None:
+    with pytest.raises(QuantizationError) as error:
+        roundel.plan(bundled_model(), **wishes)
+    assert " ".join(str(error.value).split()) in page("docs/errors.md")
+
+
+def test_errors_md_shows_what_is_read() -> None:
+    with pytest.raises(QuantizationError) as error:
+        reader_of({"quantization_config": {"quant_method": "quanto"}})
+    assert str(error.value) in page("docs/errors.md")
+
+
+def test_the_readme_has_the_table_that_is_printed() -> None:
+    assert " ".join(command("list", "formats", "--markdown").output.split()) in page("README.md")
+
+
+def test_sources_md_names_every_family() -> None:
+    assert f"{', '.join(known_types())}." in page("docs/sources.md")
+
+
+def test_resume_md_says_how_often_is_flushed() -> None:
+    assert f"at least every {FLUSH_BYTES >> 20} MiB" in page("docs/resume.md")
+
+
+def page(name: str) -> str:
+    """A document, its lines joined."""
+    return " ".join((ROOT / name).read_text(encoding="utf-8").split())
