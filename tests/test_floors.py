@@ -14,7 +14,7 @@ FLOORS = (  # from the lowest; a part imports only from rows above its own, and 
     ("unit",),
     ("ops", "io", "families", "data"),
     ("formats", "algorithms", "transforms"),
-    ("chain",),
+    ("chain", "matrix"),
     ("checkpoint", "fusion", "importance", "recipe", "support", "holding"),
     ("choosing", "calibration", "matrices", "notes"),
     ("planning", "inspection", "converting"),

@@ -296,7 +296,7 @@ class _Loop:
             return self._decode(layer, nbytes)
         stored, reader = self.checkpoint.unpack(layer), self.checkpoint.reader
         assert reader is not None
-        weight = reader.decode(stored)
+        weight = layer.stored.part(reader.decode(stored))
         algorithm = self.algorithm if self.plan.recipe.conversion == "requantize" else None
         rounded = convert_layer(layer, stored, weight, format, algorithm)
         parts = format.pack(layer, rounded.tensor)

@@ -26,6 +26,7 @@ from roundel.fusion import fuses, slab_rows
 from roundel.importance import Importances, open_importances
 from roundel.io.safetensors import ShardLayout, stacked
 from roundel.matrices import sharing
+from roundel.matrix import cut_for
 from roundel.notes import notes_of
 from roundel.recipe import Choice, Recipe, parse_size
 from roundel.scheme import Scheme
@@ -256,7 +257,8 @@ def build_plan(
     """
     demoted = demoted or {}
     problems: list[str] = []
-    matrices = dict(checkpoint.matrices)
+    named = [format_named(name) for name in recipe.formats]
+    matrices = cut_for(named, checkpoint.source.config, checkpoint.wholes, checkpoint.matrices)
     untied = checkpoint.is_tied and head_asked(recipe, checkpoint.family.head)
     if untied:
         matrices[checkpoint.family.head] = checkpoint.tied_head()
@@ -269,7 +271,6 @@ def build_plan(
     importances = None
     if recipe.importance_file is not None:
         importances = open_importances(Path(recipe.importance_file), checkpoint.source.config, shapes)
-    named = [format_named(name) for name in recipe.formats]
     model = Model(
         config=checkpoint.source.config,
         folder=Path() if all(format.copies for format in named) else checkpoint.source.small_folder(),
@@ -358,8 +359,8 @@ def _check_quantized(checkpoint: Checkpoint) -> None:
 
 
 def _works(checkpoint: Checkpoint, matrices: Mapping[str, Matrix], layers: Mapping[str, Layer]) -> tuple[Work, ...]:
-    """Every tensor of the source exactly once (a tied head reads the embedding's twice), in the order they lie in the
-    files."""
+    """Every tensor of the source exactly once (a tied head reads the embedding's again, and parts of a matrix read all
+    of it), in the order they lie in the files."""
     source = checkpoint.source
     split = {p.tensor for m in matrices.values() if m.name in layers and m.is_split for p in m.stored.parts.values()}
     works: list[Work] = []
@@ -373,7 +374,7 @@ def _works(checkpoint: Checkpoint, matrices: Mapping[str, Matrix], layers: Mappi
         copies = (_copy(source.tensors, *matrix.bias),) if matrix.bias else ()
         if layer is not None:
             works.append(_work(checkpoint, matrix.name, "round", layer, copies, sharing(layer, layers)))
-        elif matrix.stored.format != "plain":
+        elif matrix.stored.format != "plain" or matrix.stored.cut is not None:
             works.append(_work(checkpoint, matrix.name, "decode", matrix.layer(), copies))
         else:
             weight = _copy(source.tensors, matrix.name + ".weight", matrix.stored.parts["weight"])
