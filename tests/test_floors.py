@@ -17,7 +17,7 @@ FLOORS = (  # from the lowest; a part imports only from rows above its own, and 
     ("chain", "matrix"),
     ("checkpoint", "fusion", "importance", "recipe", "support", "holding"),
     ("choosing", "calibration", "matrices", "notes"),
-    ("planning", "inspection", "converting"),
+    ("planning", "inspection", "converting", "parts"),
     ("report", "card"),
     ("page",),
     ("verification", "output"),

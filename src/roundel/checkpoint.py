@@ -114,9 +114,11 @@ class Checkpoint:
         return whole[piece.start : piece.stop : piece.step].contiguous()
 
     def unpack(self, layer: Layer) -> QuantizedTensor:
-        """A stored layer's codes and scales. Raises SourceError when its parts contradict each other."""
+        """The codes and scales of a stored layer, or of all that it is cut out of. Raises SourceError when its parts
+        contradict each other."""
         assert self.reader is not None
-        return self.reader.unpack(layer, self.read(layer))
+        cut = layer.stored.cut
+        return self.reader.unpack(layer if cut is None else self.wholes[cut.of].layer(), self.read(layer))
 
     def weights(self, layer: Layer) -> Tensor:
         """The float weights [out, in] of a layer, however it is stored."""
