@@ -17,6 +17,7 @@ import pytest
 
 import roundel
 from formats.test_gguf import tokenized
+from formats.test_gguf_deepseek import importances
 from formats.test_gguf_reading import sized
 from models.as_gguf import write_gguf
 from roundel.formats.gguf.mixtures import MIXTURES
@@ -119,3 +120,22 @@ def _short(shape: list[int]) -> list[int]:
     while len(shape) > 1 and shape[0] == 1:
         shape = shape[1:]
     return shape
+
+
+def test_the_quantizer_counts_importances_by_heads_as_we_do(tmp_path: Path) -> None:
+    """Both parts of DeepSeek's kv_b_proj, of which a file of importances has every head's columns."""
+    model = model_of("deepseek_v3", tmp_path / "model")
+    importances(tmp_path / "imatrix.gguf")
+    mixtures = ("q4_k_m", "q2_k", "q4_0", "iq4_nl")
+    numbers = [MIXTURES[name].file_type for name in mixtures]
+    ran("convert", model, tmp_path / "whole.gguf", "f32")
+    ran("quantize", tmp_path / "whole.gguf", tmp_path / "{}.gguf", tmp_path / "imatrix.gguf", *numbers)
+    for name, number in zip(mixtures, numbers, strict=True):
+        wish = {"imatrix": str(tmp_path / "imatrix.gguf"), "workers": 1}
+        roundel.quantize(model, tmp_path / name, format=f"gguf:{name}", **wish)
+        roundel.quantize(model, tmp_path / f"{name}.plain", format=f"gguf:{name}", workers=1)
+        mine, plain = (ours(next((tmp_path / out).glob("*.gguf"))) for out in (name, f"{name}.plain"))
+        theirs = seen(tmp_path / f"{number}.gguf")
+        for part in ("blk.0.attn_k_b.weight", "blk.1.attn_v_b.weight"):
+            assert mine["tensors"][part] == theirs["tensors"][part] != plain["tensors"][part]
+        assert mine["tensors"] == theirs["tensors"]
