@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,9 +32,7 @@ __all__ = ["Checkpoint", "Matrix", "open_checkpoint"]
 class Checkpoint:
     """An opened model: `matrices` by module name, in the order they lie in the files.
 
-    A matrix of the model that the source's format stores in parts (`Format.cuts`) is several of them, and one of
-    `wholes`.
-
+    wholes    the matrices as the model has them: one that the source's format stores in parts (`Format.cuts`) is one
     family    what its model_type says about names and experts
     reader    the format it is quantized in, or None
     loose     tensors that belong to no matrix (norms, biases of norms, buffers), in order
@@ -50,40 +47,13 @@ class Checkpoint:
         self.loose: list[str] = []
         self.dropped: list[str] = []
         self._collect()
+        self._parts = self._cut()
+        self.wholes = self._whole()
 
     @property
     def is_tied(self) -> bool:
         """Whether the output head shares the embedding's tensor and has none of its own."""
         return self.family.head not in self.matrices and self.family.embedding in self.source.tensors
-
-    @cached_property
-    def wholes(self) -> dict[str, Matrix]:
-        """All matrices as the model has them. Raises SourceError where a part of one is missing."""
-        parts = self._parts
-        found: dict[str, Matrix] = {}
-        for matrix in self.matrices.values():
-            if matrix.cut is None:
-                found[matrix.name] = matrix
-            elif matrix.cut.of not in found:
-                found[matrix.cut.of] = self._classified(joined(parts[matrix.cut.of]))
-        return found
-
-    @cached_property
-    def _parts(self) -> dict[str, tuple[Matrix, ...]]:
-        """Matrices of the model -> the parts that they are stored in."""
-        found: dict[str, tuple[Matrix, ...]] = {}
-        for matrix in self.matrices.values():
-            if matrix.cut is None or matrix.cut.of in found:
-                continue
-            assert self.reader is not None
-            names = self.reader.cuts(matrix.name, self.source.config)
-            missing = [name for name in names if name not in self.matrices]
-            if missing:
-                raise SourceError(
-                    f"{self.source.name} holds {matrix.name} and no {missing[0]}. Fetch the checkpoint again."
-                )
-            found[matrix.cut.of] = tuple(self.matrices[name] for name in names)
-        return found
 
     def tied_head(self) -> Matrix:
         """The tied output head as a matrix of its own, read from the embedding."""
@@ -275,6 +245,32 @@ class Checkpoint:
     def _put(self, matrix: Matrix) -> None:
         cuts = self.reader.cuts(matrix.name, self.source.config) if self.reader is not None else {}
         self.matrices[matrix.name] = self._classified(replace(matrix, cut=cuts.get(matrix.name)))
+
+    def _cut(self) -> dict[str, tuple[Matrix, ...]]:
+        """Matrices of the model -> the parts that they are stored in. Raises SourceError where one is missing."""
+        found: dict[str, tuple[Matrix, ...]] = {}
+        for matrix in self.matrices.values():
+            if matrix.cut is None or matrix.cut.of in found:
+                continue
+            assert self.reader is not None
+            names = self.reader.cuts(matrix.name, self.source.config)
+            missing = [name for name in names if name not in self.matrices]
+            if missing:
+                raise SourceError(
+                    f"{self.source.name} holds {matrix.name} and no {missing[0]}. Fetch the checkpoint again."
+                )
+            found[matrix.cut.of] = tuple(self.matrices[name] for name in names)
+        return found
+
+    def _whole(self) -> dict[str, Matrix]:
+        """All matrices, parts joined. Raises SourceError where they do not fit together."""
+        found: dict[str, Matrix] = {}
+        for matrix in self.matrices.values():
+            if matrix.cut is None:
+                found[matrix.name] = matrix
+            elif matrix.cut.of not in found:
+                found[matrix.cut.of] = self._classified(joined(self._parts[matrix.cut.of]))
+        return found
 
     def _classified(self, matrix: Matrix) -> Matrix:
         """The matrix, with its role and why it stays."""

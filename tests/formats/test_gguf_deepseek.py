@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import roundel
 from formats.test_gguf import stored, tokenized, written
-from formats.test_gguf_reading import sized
+from formats.test_gguf_reading import remade, sized
 from inference.test_loading import expected
 from roundel.checkpoint import open_checkpoint
 from roundel.errors import PlanError, SourceError
@@ -222,3 +222,22 @@ def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
     (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(PlanError, match="bias"):
         roundel.quantize(other, tmp_path / "c", format="gguf:q8_0")
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    roundel.quantize(model_in(tmp_path / "model"), tmp_path / "out", format="gguf:q8_0")
+    path, _ = written(tmp_path / "out")
+    lost = remade(path, tmp_path / "lost.gguf", {"blk.1.attn_v_b.weight": "blk.1.attn_v_b.bias"})
+    wrong = {
+        lost: "layers.1.self_attn.k_b_proj and no .*v_b_proj",
+        _with(path, tmp_path / "heads.gguf", "head_count", 8): "not of the model's heads",
+        _with(path, tmp_path / "values.gguf", "value_length_mla", 16): "do not make the 4 heads",
+        _with(path, tmp_path / "keys.gguf", "key_length_mla", 32): "heads of 0 and 32 turned",
+    }
+    for file, why in wrong.items():
+        with pytest.raises(SourceError, match=why):
+            verify(file)
+
+
+def _with(path: Path, to: Path, key: str, value: int) -> Path:
+    return remade(path, to, **{f"deepseek2__attention__{key}": GgufValue("u32", value)})

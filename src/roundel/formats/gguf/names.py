@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from roundel.errors import SourceError
 from roundel.formats.gguf.architectures import architecture
 from roundel.unit import Cut
 
@@ -143,14 +144,22 @@ def latent_cuts(module: str, settings: Mapping[str, Any]) -> dict[str, Cut]:
     the rows of keys, turned (k_b_proj [heads * rank, nope]), and those of values (v_b_proj [heads * value, rank]).
 
     llama.cpp multiplies queries by the one, and what attention makes of latent vectors by the other. Source: its
-    conversion/deepseek.py. module: of the whole (`is_latent`), or of one of the two.
+    conversion/deepseek.py. module: of the whole (`is_latent`), or of one of the two. Raises SourceError for sizes that
+    are none.
     """
-    heads, nope, value = (int(settings[key]) for key in ("num_attention_heads", "qk_nope_head_dim", "v_head_dim"))
+    heads, nope, value = (_size(settings, key) for key in ("num_attention_heads", "qk_nope_head_dim", "v_head_dim"))
     before = module.rpartition(".")[0]
     whole = f"{before}.{_LATENT}"
     keys = Cut(of=whole, heads=heads, start=0, stop=nope, turned=True)
     values = Cut(of=whole, heads=heads, start=nope, stop=nope + value)
     return {f"{before}.{part}": cut for part, cut in zip(_LATENT_PARTS, (keys, values), strict=True)}
+
+
+def _size(settings: Mapping[str, Any], key: str) -> int:
+    value = settings.get(key)
+    if type(value) is not int or value < 1:
+        raise SourceError(f"config.json gives {value!r} as {key}, where a number of rows is needed. Fetch it again.")
+    return value
 
 
 def text_name(hf_name: str) -> str:

@@ -118,6 +118,8 @@ def _parts(
         if whole.endswith(_ONE_ROW) and len(spec.shape) == 1:
             spec = replace(spec, shape=(1, *spec.shape))
         if is_latent(whole.removesuffix(".weight")) and len(spec.shape) == 3:
+            if spec.shape[0] != settings["num_attention_heads"]:
+                raise SourceError(f"{tensor.name} is {list(spec.shape)}, not of the model's heads. Fetch it again.")
             spec = replace(spec, shape=(spec.shape[0] * spec.shape[1], spec.shape[2]))
         yield whole, Held(tensor.name, tensor.type, replace(place, spec=spec))
         return
