@@ -24,11 +24,12 @@ from roundel.io.source import LocalFiles
 from roundel.matrices import Demoted, as_bytes, errors_in, finite, reaches, sound
 from roundel.memory import give_back, peak_memory
 from roundel.output import FRONTIER
+from roundel.parts import with_parts
 from roundel.planning import Plan, Work
 from roundel.planning.room import frontier_bytes, part_of
 from roundel.report import LOG, Progress, Row, row_of
 from roundel.tensor import TensorSpec
-from roundel.unit import Decodable, Unit
+from roundel.unit import Decodable, Layer, Unit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +75,7 @@ class Units:
             self.importances = ImatrixWriter(
                 self.calibration.importances_to,
                 self.config,
-                [layer for work in units for layer in work.layers],
+                [layer for work in units for layer in work.layers if layer.cut is None],
                 dataset=self.recipe.dataset,
                 samples=self.samples,
                 tokens=self.tokens,
@@ -161,7 +162,11 @@ class Units:
             self.streams.advance(block, weights, streams["float"], behind["float"])
         unit, notes = self._transformed(self._make(work, block, weights, streams, behind))
         unit = replace(unit, reach=reaches(unit.layers, unit.weights))
-        rounded = with_input_scales(unit, self.chain.algorithm.quantize(unit))
+        file = self.plan.importances
+        parts = tuple(layer for layer in work.layers if layer.cut is not None)
+        unit, apart = with_parts(unit, parts, file.of_heads if file is not None else lambda layer: ())
+        rounded = with_input_scales(unit, self.chain.algorithm.quantize(unit)) | apart
+        weights |= {layer.tensor: _weight(replace(unit, weights=weights), layer) for layer in parts}
         give_back()
         for layer in work.layers:
             entered = rounded[layer.name].inputs
@@ -172,7 +177,7 @@ class Units:
         if not is_last:
             behind["quantized"] = self.streams.frontier(following or "", "quantized")
             found: dict[str, Tensor | Decodable] = dict(unit.weights)
-            found |= {layer.tensor: rounded[layer.name].tensor for layer in work.layers}
+            found |= {layer.tensor: rounded[layer.name].tensor for layer in unit.layers}
             del unit, weights, rounded
             give_back()
             self.streams.advance(block, found, streams["quantized"], behind["quantized"])
@@ -214,7 +219,7 @@ class Units:
         """All tensors of a unit by name: matrices as they are stored, what stays as float32. Raises NumericsError for
         weights that are not finite."""
         weights: dict[str, Tensor] = {}
-        for layer in (*work.layers, *work.decodes):
+        for layer in (each for each in (*work.layers, *work.decodes) if each.cut is None):
             weights[layer.tensor] = finite(layer, self.checkpoint.weights(layer)).to(self.device)
         for copy in work.copies:
             weights[copy.spec.name] = self._float(self.checkpoint.read_piece(copy.piece))
@@ -234,11 +239,12 @@ class Units:
         from roundel.calibration.activations import BlockActivations
         from roundel.families.spaces import spaces_of
 
+        layers = tuple(layer for layer in work.layers if layer.cut is None)
         seen = {**streams, **({"target": behind["float"]} if "float" in behind else {})}
         entering: BlockActivations = BlockActivations(
             block=block,
             own=weights,
-            layers=tuple(layer.name for layer in work.layers),
+            layers=tuple(layer.name for layer in layers),
             streams=seen,
             samples=self.samples,
             tokens=self.tokens,
@@ -252,10 +258,8 @@ class Units:
         inside = work.blocks if self.chain.transforms and block is not self.skeleton.tail else ()
         spaces = tuple(s for name in inside for s in spaces_of(self.checkpoint.family, name, shapes, self.config))
         file = self.plan.importances
-        known = {layer.name: told for layer in work.layers if file is not None and (told := file.of(layer)) is not None}
-        return Unit(
-            name=work.name, layers=work.layers, weights=weights, spaces=spaces, activations=entering, known=known
-        )
+        known = {layer.name: told for layer in layers if file is not None and (told := file.of(layer)) is not None}
+        return Unit(name=work.name, layers=layers, weights=weights, spaces=spaces, activations=entering, known=known)
 
     @property
     def config(self) -> Mapping[str, object]:
@@ -285,7 +289,7 @@ class Units:
         for number, output in enumerate(self.plan.outputs):
             for name, scale in cached.items():
                 kept[number] += self._put(number, name, as_bytes(scale))
-            stay = [(TensorSpec(x.tensor, x.dtype, x.shape), unit.weights[x.tensor]) for x in work.decodes]
+            stay = [(TensorSpec(x.tensor, x.dtype, x.shape), _weight(unit, x)) for x in work.decodes]
             for copy in work.copies:
                 now = unit.weights[copy.spec.name]
                 moved = now is not weights[copy.spec.name]
@@ -325,3 +329,9 @@ class Units:
 
     def _float(self, tensor: Tensor) -> Tensor:
         return (tensor.float() if tensor.is_floating_point() else tensor).to(self.device)
+
+
+def _weight(unit: Unit, layer: Layer) -> Tensor:
+    """What a matrix is in a unit; of a part, what it is of the whole."""
+    cut = layer.cut
+    return unit.weights[layer.tensor] if cut is None else cut.take(unit.weights[f"{cut.of}.weight"])

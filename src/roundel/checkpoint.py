@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from roundel.families import Family, FusedExperts, family_of, kept_reason, misfi
 from roundel.formats import Format, reader_of
 from roundel.formats.gguf.source import find_gguf, open_gguf
 from roundel.io.source import Source, open_source
-from roundel.scheme import PRESETS, Scheme
+from roundel.matrix import JOINED, Matrix, joined
 from roundel.tensor import FLOAT_DTYPES, TensorSpec
 from roundel.unit import Layer, Piece, Stored
 
@@ -29,42 +29,10 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "Matrix", "open_checkpoint"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Matrix:
-    """A 2-D weight of the checkpoint, before anyone decided what becomes of it.
-
-    name      module name; shape [out, in]; dtype as stored ("BF16"), or what it decodes to
-    stored    how it lies in the checkpoint
-    bias      the bias that belongs to it: its name as it will be written, and the part of a tensor it is
-    reason    why it is no linear layer to be rounded; None when it is one
-    role      "expert", "head" or "linear"
-    """
-
-    name: str
-    shape: tuple[int, int]
-    dtype: str
-    stored: Stored
-    bias: tuple[str, Piece] | None = None
-    reason: str | None = None
-    role: str = "linear"
-
-    @property
-    def is_split(self) -> bool:
-        """Whether it is a part of a larger tensor."""
-        return any(not piece.is_whole for piece in self.stored.parts.values())
-
-    def layer(self, scheme: Scheme | None = None) -> Layer:
-        """The layer, to be put on `scheme`; without one, as it is stored (a plain matrix takes a nominal scheme)."""
-        found = scheme or self.stored.scheme or PRESETS["W8A16"]
-        return Layer(
-            name=self.name, shape=self.shape, dtype=self.dtype, scheme=found, stored=self.stored, role=self.role,
-            bias=self.bias[0] if self.bias else None,
-        )  # fmt: skip
-
-
 class Checkpoint:
     """An opened model: `matrices` by module name, in the order they lie in the files.
 
+    wholes    the matrices as the model has them: one that the source's format stores in parts (`Format.cuts`) is one
     family    what its model_type says about names and experts
     reader    the format it is quantized in, or None
     loose     tensors that belong to no matrix (norms, biases of norms, buffers), in order
@@ -79,6 +47,8 @@ class Checkpoint:
         self.loose: list[str] = []
         self.dropped: list[str] = []
         self._collect()
+        self._parts = self._cut()
+        self.wholes = self._whole()
 
     @property
     def is_tied(self) -> bool:
@@ -120,7 +90,7 @@ class Checkpoint:
 
         from roundel.tensor import torch_dtype
 
-        matrix = self.matrices.get(name.removesuffix(".weight"))
+        matrix = self.wholes.get(name.removesuffix(".weight"))
         if matrix is not None and matrix.stored.format == "plain" and name.endswith(".weight"):
             piece = matrix.stored.parts["weight"]
             spec = self.source.tensors[piece.tensor]
@@ -130,22 +100,39 @@ class Checkpoint:
         return self.tensor(name)
 
     def unpack(self, layer: Layer) -> QuantizedTensor:
-        """A stored layer's codes and scales. Raises SourceError when its parts contradict each other."""
+        """The codes and scales of a stored layer, or of all that it is cut out of. Raises SourceError when its parts
+        contradict each other."""
         assert self.reader is not None
-        return self.reader.unpack(layer, self.read(layer))
+        cut = layer.stored.cut
+        return self.reader.unpack(layer if cut is None else self.wholes[cut.of].layer(), self.read(layer))
 
     def weights(self, layer: Layer) -> Tensor:
         """The float weights [out, in] of a layer, however it is stored."""
         if layer.stored.format == "plain":
-            return self.read(layer)["weight"]
+            return layer.stored.part(self.read(layer)["weight"])
+        if layer.stored.format == JOINED:
+            return self._joined(layer.name)
         assert self.reader is not None
-        return self.reader.decode(self.unpack(layer))
+        return layer.stored.part(self.reader.decode(self.unpack(layer)))
+
+    def _joined(self, name: str) -> Tensor:
+        """A matrix of the model that is stored in parts."""
+        import torch
+
+        from roundel.tensor import torch_dtype
+
+        matrix = self.wholes[name]
+        whole = torch.empty(matrix.shape, dtype=torch_dtype(matrix.dtype))
+        for part in self._parts[name]:
+            assert part.cut is not None
+            part.cut.put(self.weights(part.layer()), whole)
+        return whole
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
         """Names that `tensor` knows: those of a written checkpoint in which nothing is packed."""
-        matrices = [m.name + ".weight" for m in self.matrices.values()]
-        return (*matrices, *(m.bias[0] for m in self.matrices.values() if m.bias is not None), *self.loose)
+        matrices = [m.name + ".weight" for m in self.wholes.values()]
+        return (*matrices, *(m.bias[0] for m in self.wholes.values() if m.bias is not None), *self.loose)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of what `tensor` returns, without reading it. Raises SourceError when there is none."""
@@ -163,7 +150,7 @@ class Checkpoint:
     def _named(self, name: str) -> Matrix | Piece:
         """The matrix whose weight has a name in a written checkpoint, or the part of a stored tensor that has it."""
         module, _, part = name.rpartition(".")
-        matrix = self.matrices.get(module)
+        matrix = self.wholes.get(module)
         if matrix is None and module == self.family.head and self.is_tied:
             matrix = self.tied_head()
         if matrix is not None and part == "weight":
@@ -181,8 +168,8 @@ class Checkpoint:
 
     def decode(self, name: str) -> Tensor:
         """What a layer's codes mean, by module name: float32 [out, in], exactly."""
-        layer = self.matrices[name].layer()
-        return self.weights(layer).float() if layer.stored.format == "plain" else self.unpack(layer).decode()
+        layer = (self.matrices.get(name) or self.wholes[name]).layer()
+        return self.weights(layer).float() if layer.stored.scheme is None else self.unpack(layer).decode()
 
     def close(self) -> None:
         self.source.close()
@@ -268,13 +255,44 @@ class Checkpoint:
         return True
 
     def _put(self, matrix: Matrix) -> None:
+        cuts = self.reader.cuts(matrix.name, self.source.config) if self.reader is not None else {}
+        self.matrices[matrix.name] = self._classified(replace(matrix, cut=cuts.get(matrix.name)))
+
+    def _cut(self) -> dict[str, tuple[Matrix, ...]]:
+        """Matrices of the model -> the parts that they are stored in. Raises SourceError where one is missing."""
+        found: dict[str, tuple[Matrix, ...]] = {}
+        for matrix in self.matrices.values():
+            if matrix.cut is None or matrix.cut.of in found:
+                continue
+            assert self.reader is not None
+            names = self.reader.cuts(matrix.name, self.source.config)
+            missing = [name for name in names if name not in self.matrices]
+            if missing:
+                raise SourceError(
+                    f"{self.source.name} holds {matrix.name} and no {missing[0]}. Fetch the checkpoint again."
+                )
+            found[matrix.cut.of] = tuple(self.matrices[name] for name in names)
+        return found
+
+    def _whole(self) -> dict[str, Matrix]:
+        """All matrices, parts joined. Raises SourceError where they do not fit together."""
+        found: dict[str, Matrix] = {}
+        for matrix in self.matrices.values():
+            if matrix.cut is None:
+                found[matrix.name] = matrix
+            elif matrix.cut.of not in found:
+                found[matrix.cut.of] = self._classified(joined(self._parts[matrix.cut.of]))
+        return found
+
+    def _classified(self, matrix: Matrix) -> Matrix:
+        """The matrix, with its role and why it stays."""
         reason = kept_reason(matrix.name, self.source.config, self.family)
         role = "linear"
         if matrix.name == self.family.head:
             role = "head"
         elif re.search(self.family.experts, matrix.name + ".") and reason is None:
             role = "expert"
-        self.matrices[matrix.name] = replace(matrix, reason=reason, role=role)
+        return replace(matrix, reason=reason, role=role)
 
     def _fused(self, name: str, spec: TensorSpec) -> tuple[FusedExperts, re.Match[str]] | None:
         for rule in self.family.fused_experts:

@@ -67,7 +67,9 @@ class Errors:
 def fuses(layer: Layer, formats: Sequence[Format], algorithm: Algorithm, device: str = "cpu") -> bool:
     """Whether a layer can go this way: stored plain and whole rows, rounded plainly, one format, on CPU."""
     piece = layer.stored.parts.get("weight")
-    if layer.stored.format != "plain" or piece is None or piece.transposed or piece.step != 1:
+    if layer.stored.format != "plain" or layer.stored.cut is not None or piece is None:
+        return False
+    if piece.transposed or piece.step != 1:
         return False
     if len(formats) != 1 or not isinstance(algorithm, Rtn) or device != "cpu" or not use_kernels():
         return False

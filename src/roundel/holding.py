@@ -47,6 +47,8 @@ def why_not(layer: Layer, format: Format, candidate: Scheme) -> str | None:
     """Why a format does not hold the stored numbers on a scheme, as far as grids tell; None where it may."""
     stored = layer.stored.scheme
     assert stored is not None, "a packed layer"
+    if layer.stored.cut is not None:
+        return f"{format.name} stores it in parts, which are cut out of what it decodes to"
     scheme = format.grid_of(candidate)
     moved = replace(layer, scheme=scheme, permuted=layer.stored.permuted)
     source = FORMATS.get(layer.stored.format)

@@ -1,7 +1,7 @@
 """Importances that a file of llama.cpp holds, by our names of layers; and such a file of what a run has seen.
 
-All experts of a projection are one entry of the file. Names follow from the model's architecture in llama.cpp, so that
-only models which llama.cpp knows have such files.
+All experts of a projection are one entry of the file, and so are all heads of the parts of DeepSeek's kv_b_proj. Names
+follow from the model's architecture in llama.cpp, so that only models which llama.cpp knows have such files.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from roundel.errors import OutputError, PlanError, SourceError
-from roundel.formats.gguf.architectures import architecture_of
-from roundel.formats.gguf.names import expert_of, tensor_name
-from roundel.io.imatrix import Imatrix, lay_out_imatrix, legacy_imatrix, read_imatrix
+from roundel.formats.gguf.architectures import architecture_of, settings_of
+from roundel.formats.gguf.names import expert_of, is_latent, latent_cuts, tensor_name
+from roundel.io.imatrix import Imatrix, Summed, lay_out_imatrix, legacy_imatrix, read_imatrix
 from roundel.io.safetensors import Shard
 from roundel.unit import Inputs, Layer
 
@@ -38,19 +38,29 @@ class Importances:
     file: Imatrix
     names: Mapping[str, tuple[str, int, int]]
 
+    def of_heads(self, layer: Layer) -> tuple[Inputs, ...]:
+        """What entered each head of a layer that is a part of a matrix; nothing where the file has nothing of it."""
+        if layer.name not in self.names or layer.cut is None:
+            return ()
+        name, heads = self.names[layer.name][0], layer.cut.heads
+        return tuple(_inputs(self.file.of(name, layer.shape[1], head, heads)) for head in range(heads))
+
     @property
     def sha256(self) -> str:
         return self.file.sha256
 
     def of(self, layer: Layer) -> Inputs | None:
         """What entered a layer, or None where the file has nothing of it. Raises SourceError."""
-        import torch
-
         if layer.name not in self.names:
             return None
         name, index, count = self.names[layer.name]
-        found = self.file.of(name, layer.shape[1], index, count)
-        return Inputs(torch.from_numpy(found.mean_square.copy()), found.tokens)
+        return _inputs(self.file.of(name, layer.shape[1], index, count))
+
+
+def _inputs(found: Summed) -> Inputs:
+    import torch
+
+    return Inputs(torch.from_numpy(found.mean_square.copy()), found.tokens)
 
 
 def open_importances(path: Path, config: Mapping[str, Any], matrices: Mapping[str, tuple[int, int]]) -> Importances:
@@ -64,7 +74,7 @@ def open_importances(path: Path, config: Mapping[str, Any], matrices: Mapping[st
     problems = []
     for name, members in stacks.items():
         if name in file.entries:
-            problem = file.misfit(name, matrices[members[0]][1], len(members))
+            problem = file.misfit(name, matrices[members[0]][1], len(members) * _heads(members[0], config))
             if problem is not None:
                 problems.append(f"{problem}. Take a file that was made of this model.")
     if problems:
@@ -79,6 +89,14 @@ def open_importances(path: Path, config: Mapping[str, Any], matrices: Mapping[st
         first = next(iter(file.entries))
         raise PlanError(f"{path.name} knows no matrix of this model; it has {first!r}. Take a file made of this model.")
     return Importances(file, known)
+
+
+def _heads(module: str, config: Mapping[str, Any]) -> int:
+    """Matrices that a layer is to llama.cpp: as many as it has heads, where these are stored apart."""
+    if not is_latent(module) or architecture_of(config) != "deepseek2":
+        return 1
+    cut = latent_cuts(module, settings_of(config)).get(module)
+    return 1 if cut is None else cut.heads
 
 
 def _stacks(config: Mapping[str, Any], matrices: Mapping[str, object]) -> dict[str, list[str]]:

@@ -31,6 +31,7 @@ from roundel.io.safetensors import Shard
 from roundel.matrices import Demoted, as_bytes, errors_in, errors_of, finite, largest, sound
 from roundel.memory import free_memory
 from roundel.output import clear, finish, is_intact, open_shards
+from roundel.parts import round_part
 from roundel.planning import Copy, Plan, Work
 from roundel.planning.room import expected_peak
 from roundel.regrid import regrid
@@ -241,7 +242,7 @@ class _Loop:
             return self._decode(layer, nbytes)
         stored, reader = self.checkpoint.unpack(layer), self.checkpoint.reader
         assert reader is not None
-        weight = reader.decode(stored)
+        weight = layer.stored.part(reader.decode(stored))
         algorithm = self.algorithm if self.plan.recipe.conversion == "requantize" else None
         rounded = convert_layer(layer, stored, weight, format, algorithm)
         parts = format.pack(layer, rounded.tensor)
@@ -266,7 +267,11 @@ class _Loop:
                 return finite(layer, moved.decode()), Rounded(tensor=moved)  # nothing to round
         weight = finite(layer, _to_device(self.checkpoint.weights(layer), self.device))
         reach = {layer.name: max(map(self._largest, beside))} if beside else {}
-        seen = self.plan.importances.of(layer) if self.plan.importances is not None else None
+        told = self.plan.importances
+        if layer.cut is not None:
+            result = round_part(self.algorithm, layer, weight, told.of_heads(layer) if told is not None else ())
+            return weight, sound(layer, weight, result, strict=self.plan.recipe.strict)
+        seen = told.of(layer) if told is not None else None
         known = {} if seen is None else {layer.name: seen}
         unit = Unit(name=layer.name, layers=(layer,), weights={layer.tensor: weight}, reach=reach, known=known)
         return weight, sound(layer, weight, self.algorithm.quantize(unit)[layer.name], strict=self.plan.recipe.strict)

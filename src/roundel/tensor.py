@@ -7,6 +7,7 @@ gives torch's. Importing this file does not import torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,17 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["FLOAT_DTYPES", "ITEMSIZE", "QuantizedTensor", "TensorSpec", "code_values", "plain", "spread", "torch_dtype"]
+__all__ = [
+    "FLOAT_DTYPES",
+    "ITEMSIZE",
+    "QuantizedTensor",
+    "TensorSpec",
+    "below_each_other",
+    "code_values",
+    "plain",
+    "spread",
+    "torch_dtype",
+]
 
 ITEMSIZE = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -134,6 +145,19 @@ class QuantizedTensor:
         parts = ("codes", "scale", "zero", "offset", "group_index", "input_scale")
         values: dict[str, Any] = {name: getattr(self, name) for name in parts}
         return replace(self, **{name: value.to(device) for name, value in values.items() if value is not None})
+
+
+def below_each_other(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    """Matrices on one grid, whose blocks and those of their scales are one row high, as one. The inverse of `rows`."""
+    import torch
+
+    def of(values: list[Any]) -> Any:
+        if values[0] is None:
+            return None
+        return below_each_other(values) if isinstance(values[0], QuantizedTensor) else torch.cat(values)
+
+    names = ("codes", "scale", "zero", "offset")
+    return replace(parts[0], **{name: of([getattr(part, name) for part in parts]) for name in names})
 
 
 def code_values(codes: Tensor, grid: Grid) -> Tensor:

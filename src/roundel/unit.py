@@ -1,7 +1,7 @@
 """What is in memory together.
 
-Piece is a part of a stored tensor, Layer one linear weight, Unit a group of them; Space is a channel basis inside a
-unit, and Activations what enters it.
+Piece is a part of a stored tensor, Cut a part of a matrix, Layer one linear weight, Unit a group of them; Space is a
+channel basis inside a unit, and Activations what enters it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Activations",
     "Call",
+    "Cut",
     "Decodable",
     "Inputs",
     "Layer",
@@ -65,19 +66,67 @@ class Piece:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cut:
+    """The same rows of every head of a matrix [heads * rows, in], as a matrix of its own.
+
+    of            module name of the whole matrix
+    heads         how many it has
+    start, stop   which rows of each head
+    turned        whether each head's rows are turned: [heads * in, stop - start], else [heads * (stop - start), in]
+    """
+
+    of: str
+    heads: int
+    start: int
+    stop: int
+    turned: bool = False
+
+    def shape(self, width: int) -> tuple[int, int]:
+        """[out, in] of the part, of a matrix whose rows are so wide."""
+        rows = self.stop - self.start
+        return (self.heads * width, rows) if self.turned else (self.heads * rows, width)
+
+    def width(self, shape: tuple[int, int]) -> int:
+        """How wide the rows of the whole matrix are, of which a part has this shape."""
+        return shape[0] // self.heads if self.turned else shape[1]
+
+    def take(self, whole: Tensor) -> Tensor:
+        """The part, of the whole matrix."""
+        part = self._view(whole)
+        return (part.transpose(1, 2) if self.turned else part).reshape(self.shape(whole.shape[1]))
+
+    def put(self, part: Tensor, whole: Tensor) -> None:
+        """The inverse of `take`: the numbers of a part go to their places in the whole matrix."""
+        target = self._view(whole)
+        if self.turned:
+            target = target.transpose(1, 2)
+        target.copy_(part.reshape(target.shape))
+
+    def _view(self, whole: Tensor) -> Tensor:
+        return whole.view(self.heads, -1, whole.shape[1])[:, self.start : self.stop]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stored:
     """How a layer lies in the checkpoint it is read from.
 
-    format   the name of the Format that unpacks it, or "plain" for a float matrix
+    format   the name of the Format that unpacks it, "plain" for a float matrix, or "joined" for one that lies there in
+             several matrices (`Cut`)
     scheme   the grid it is on there; None for "plain"
     parts    part name as the format calls it ("weight", "weight_scale_inv", "qweight") -> where it is
     permuted whether columns of a group may lie anywhere, as its group index says
+    cut      which part of what is decoded is the layer; None: all of it
     """
 
     format: str = "plain"
     scheme: Scheme | None = None
     parts: Mapping[str, Piece] = field(default_factory=dict)
     permuted: bool = False
+    cut: Cut | None = None
+
+    def part(self, decoded: Tensor) -> Tensor:
+        """The layer's weights, of what its parts decode to."""
+        return decoded if self.cut is None else self.cut.take(decoded)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +141,7 @@ class Layer:
     bias     the bias tensor's name in the checkpoint, if the layer has one
     role     "expert" for a routed expert's matrix, "head" for the output head, else "linear"
     permuted whether its groups' columns need not lie side by side, so that the format has to store a group index
+    cut      which part of which matrix of the model it is, where the format stores that one in parts; None: it is whole
     """
 
     name: str
@@ -102,13 +152,14 @@ class Layer:
     bias: str | None = None
     role: str = "linear"
     permuted: bool = False
+    cut: Cut | None = None
 
     @property
     def moves(self) -> bool:
         """Whether it is stored on a grid whose numbers the one it is to be on can hold, groups included, so that codes
         move over without rounding. Whether it holds these very numbers shows only when they are read (`regrid`)."""
         stored = self.stored.scheme
-        if stored is None or self.stored.permuted > self.permuted:
+        if stored is None or self.stored.cut is not None or self.stored.permuted > self.permuted:
             return False
         return obstacle(stored.weight, self.scheme.weight, self.shape) is None
 

@@ -89,7 +89,7 @@ def verify_checkpoint(
     report, origin = _report(checkpoint), _Origin(checkpoint, source) if source is not None else None
     reported, moved = _reported(report), bool(report.get("transforms"))
     checks: list[Check] = []
-    layers = [m for m in checkpoint.matrices.values() if m.stored.scheme is not None or m.name in reported]
+    layers = [m for m in checkpoint.matrices.values() if m.stored.scheme or m.cut or m.name in reported]
     for matrix in layers:
         checks.append(_check_layer(checkpoint, matrix, origin, reported.get(matrix.name), moved))
         if progress is not None:
@@ -209,7 +209,7 @@ def _missing(checkpoint: Checkpoint, origin: _Origin | None, reported: dict[str,
     """Layers the run reported or the source has, and the checkpoint lacks; and kept tensors likewise."""
     missing = [name for name in reported if name not in checkpoint.matrices]
     if origin is not None:
-        missing += [m for m in origin.matrices if m not in checkpoint.matrices and m not in missing]
+        missing += [m for m in origin.matrices if m not in checkpoint.wholes and m not in missing]
         missing += [n for n in origin.others if n not in checkpoint.source.tensors]
     return missing
 
@@ -229,7 +229,7 @@ class _Origin:
 
         tensors = {ours(name): name for name in source.source.tensors}
         self.tensors = {name: theirs for name, theirs in tensors.items() if name is not None}
-        weights = {ours(f"{name}.weight"): name for name in source.matrices}
+        weights = {ours(f"{name}.weight"): name for name in source.wholes}
         self.matrices = {w.removesuffix(".weight"): name for w, name in weights.items() if w is not None}
         held = {p.tensor for m in source.matrices.values() for p in m.stored.parts.values()} | set(source.dropped)
         held |= {m.bias[1].tensor for m in source.matrices.values() if m.bias is not None}
@@ -241,12 +241,14 @@ class _Origin:
 
     def weights(self, matrix: Matrix) -> Tensor | str:
         """The source's weights of a layer, or what is wrong."""
-        source = self.source
-        found = source.matrices.get(self.matrices.get(matrix.name, ""))
+        source, cut = self.source, matrix.cut
+        found = source.wholes.get(self.matrices.get(matrix.name if cut is None else cut.of, ""))
         if found is None and matrix.name == source.family.head and source.is_tied:
             found = source.tied_head()
         if found is None:
             return "the source has no such layer"
-        if found.shape != matrix.shape:
-            return f"it is {list(matrix.shape)}, in the source {list(found.shape)}"
-        return source.weights(found.layer()).float()
+        shape = found.shape if cut is None else cut.shape(found.shape[1])
+        if shape != matrix.shape or (cut is not None and found.shape[0] % cut.heads):
+            return f"it is {list(matrix.shape)}, in the source {list(shape)}"
+        weight = source.weights(found.layer()).float()
+        return weight if cut is None else cut.take(weight)

@@ -13,10 +13,18 @@ from torch import Tensor
 
 from roundel.formats.gguf.architectures import architecture_of, settings_of
 from roundel.formats.gguf.block_types import BLOCK_TYPES
-from roundel.formats.gguf.changes import extra_tensors, is_float32, norm_offset, split_latent_weight
+from roundel.formats.gguf.changes import extra_tensors, is_float32, norm_offset
 from roundel.formats.gguf.metadata import metadata
 from roundel.formats.gguf.mixtures import mixed_model, mixture, type_of
-from roundel.formats.gguf.names import expert_of, left_out, row_order, rows_permuted, split_latent, tensor_name
+from roundel.formats.gguf.names import (
+    expert_of,
+    is_latent,
+    latent_cuts,
+    left_out,
+    row_order,
+    rows_permuted,
+    tensor_name,
+)
 from roundel.io.gguf import GGML_TYPES, GgufTensor, lay_out_gguf
 from roundel.io.safetensors import Shard
 
@@ -42,7 +50,10 @@ def gguf_tensors(folder: Path) -> dict[str, Tensor]:
             values = values[torch.from_numpy(row_order(*order))]
         values = values + norm_offset(name, known)
         number = expert_of(name)
-        if number is None:
+        module = name.rpartition(".")[0]
+        if number is None and is_latent(module):
+            found[target] = values.unflatten(0, (latent_cuts(module, settings)[module].heads, -1))
+        elif number is None:
             found[target] = values
         else:
             experts.setdefault(target, {})[number] = values
@@ -90,8 +101,9 @@ def _split(
 ) -> Iterator[tuple[str, Tensor]]:
     """DeepSeek's kv_b_proj as two."""
     for name, tensor in tensors:
-        names = split_latent(name, known)
-        if names is None:
+        module = name.rpartition(".")[0]
+        if known != "deepseek2" or not is_latent(module) or left_out(name, settings, known):
             yield name, tensor
         else:
-            yield from zip(names, split_latent_weight(tensor, settings), strict=True)
+            for part, cut in latent_cuts(module, settings).items():
+                yield f"{part}.weight", cut.take(tensor)

@@ -73,14 +73,19 @@ def attention_gpt_oss(config: Config, block: str) -> Shapes:
 
 
 def attention_latent(config: Config, block: str) -> Shapes:
-    """DeepSeek's multi-head latent attention."""
+    """DeepSeek's multi-head latent attention; queries are not latent where q_lora_rank is None."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     into, rank, rotary = config["q_lora_rank"], config["kv_lora_rank"], config["qk_rope_head_dim"]
     query, value, here = config["qk_nope_head_dim"], config["v_head_dim"], f"{block}.self_attn"
+    queries = linear(f"{here}.q_proj", heads * (query + rotary), hidden)
+    if into is not None:
+        queries = (
+            linear(f"{here}.q_a_proj", into, hidden)
+            | norm(f"{here}.q_a_layernorm", into)
+            | linear(f"{here}.q_b_proj", heads * (query + rotary), into)
+        )
     return (
-        linear(f"{here}.q_a_proj", into, hidden)
-        | norm(f"{here}.q_a_layernorm", into)
-        | linear(f"{here}.q_b_proj", heads * (query + rotary), into)
+        queries
         | linear(f"{here}.kv_a_proj_with_mqa", rank + rotary, hidden)
         | norm(f"{here}.kv_a_layernorm", rank)
         | linear(f"{here}.kv_b_proj", heads * (query + value), rank)

@@ -19,11 +19,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import roundel
-from formats.test_gguf_reading import OWN, SIZES
+from formats.test_gguf_reading import remade, sized
 from models.as_gguf import write_gguf
-from models.pico import build
+from roundel.calibration.tokens import load_tokenizer
 from roundel.data.bundled import bundled_model
 from roundel.formats.gguf.mixtures import MIXTURES
+from roundel.formats.gguf.source import tokenizer_home
+from roundel.io.gguf import GgufValue
 
 HERE = Path(__file__).parent
 PEERS = Path(os.environ.get("ROUNDEL_PEERS", HERE.parents[1] / ".peers"))
@@ -63,10 +65,13 @@ def untold() -> list[int]:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma2",
-                                        "gemma3_text", "phi3", "gpt_oss"])  # fmt: skip
+                                        "gemma3_text", "phi3", "gpt_oss", "deepseek_v2", "deepseek_v2_lite",
+                                        "deepseek_v3"])  # fmt: skip
 def test_every_family(model_type: str, tmp_path: Path) -> None:
-    more = {"max_position_embeddings": 512, "vocab_size": 2048, **SIZES, **OWN.get(model_type, {})}
-    model = build(model_type, tmp_path / "model", **more)
+    more = {"max_position_embeddings": 512, "vocab_size": 2048}
+    if model_type == "deepseek_v2_lite":
+        more["num_hidden_layers"] = 27  # by which llama.cpp knows that queries are not latent
+    model = sized(model_type, tmp_path / "model", **more)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(bundled_model() / name, model)
     tensors = load_file(model / "model.safetensors")
@@ -93,3 +98,27 @@ def test_every_mixture(mixture: str, tmp_path: Path) -> None:
     said = compared({"file": file}, tmp_path)["file"]
     assert said["kl"] < 5e-3, said["kl"]
     assert len(said["tokens"]) == 8
+
+
+TEXT = (
+    "It's 12345 o'clock; don't  stop!\n\n\tdef f(x): return x**2  # why?\r\n\u4f60\u597d\uff0c\u4e16\u754c 3.14 "
+    "\u00dcn\u00efc\u00f6d\u00e9 \u10d0\u10d1 \u0561\u0562 \u30ab\u30bf $HOME/.x (a_b)[-1] \u201cq\u201d ..."
+)
+
+
+@pytest.mark.parametrize("split", ["deepseek-llm", "deepseek-v3", "gpt-2", "qwen2", "llama-bpe", "gpt-4o", "tekken"])
+def test_made_tokenizers_split_words_as_llama_cpp_does(split: str, tmp_path: Path) -> None:
+    roundel.quantize(bundled_model(), tmp_path / "out", format="gguf:q8_0", workers=1)
+    (file,) = (tmp_path / "out").glob("*.gguf")
+    bare = remade(file, tmp_path / "bare.gguf", tokenizer__ggml__pre=GgufValue("str", split))
+    size = len(json.loads((bundled_model() / "tokenizer.json").read_text())["model"]["vocab"])
+    job = {"path": str(bare), "prompt": PROMPT[:1], "output": str(tmp_path / "x.npy"), "vocabulary": size, "text": TEXT}
+    (tmp_path / "jobs.json").write_text(json.dumps([job]))
+    done = subprocess.run(
+        [PYTHON, HERE / "load_gguf.py", tmp_path / "jobs.json"], capture_output=True, text=True, check=False
+    )
+    said = json.loads(done.stdout.splitlines()[-1])
+    with tokenizer_home(bare) as home:
+        ours = load_tokenizer(home).encode(TEXT, add_special_tokens=True, verbose=False)
+    assert said["ok"], said
+    assert said["ids"] == ours

@@ -105,7 +105,7 @@ def _tensors(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> dict[str,
     """Every tensor of the model by its stored name, given matrices in place of what they replace."""
     source = checkpoint.source
     found: dict[str, Tensor] = {}
-    packed = {name: m for name, m in checkpoint.matrices.items() if name in weights and m.stored.format != "plain"}
+    packed = {name: m for name, m in checkpoint.wholes.items() if name in weights and m.stored.format != "plain"}
     parts = {piece.tensor for matrix in packed.values() for piece in matrix.stored.parts.values()}
     replaced: set[str] = set(packed)
     for name, spec in source.tensors.items():

@@ -111,12 +111,12 @@ class Subject:
 
     def _packed(self, name: str) -> Matrix | None:
         """The packed matrix that a tensor's name stands for."""
-        matrix = self.checkpoint.matrices.get(name.removesuffix(".weight"))
-        is_packed = matrix is not None and name.endswith(".weight") and matrix.stored.format != "plain"
+        matrix = self.checkpoint.wholes.get(name.removesuffix(".weight"))
+        is_packed = matrix is not None and name.endswith(".weight") and matrix.stored.scheme is not None
         return matrix if is_packed else None
 
     def _itemsize(self, name: str) -> int:
-        matrix = self.checkpoint.matrices.get(name.removesuffix(".weight"))
+        matrix = self.checkpoint.wholes.get(name.removesuffix(".weight"))
         dtype = matrix.dtype if matrix is not None else None
         return ITEMSIZE.get(dtype, 4) if dtype is not None else 4
 
@@ -125,7 +125,7 @@ class Subject:
         checkpoint = self.checkpoint
         for name in names:
             module, _, part = name.rpartition(".")
-            matrix = checkpoint.matrices.get(module)
+            matrix = checkpoint.wholes.get(module)
             if matrix is None and module == checkpoint.family.head and checkpoint.is_tied:
                 matrix = checkpoint.tied_head()
             pieces: Sequence[Piece] = ()

@@ -177,7 +177,8 @@ def _model(folder: Path, tokenizer: Path | None, batch: int, device: str) -> Any
                 f"{folder} decoded to float32 takes {needed / 1e9:.1f} GB of memory, {free_memory() / 1e9:.1f} GB are "
                 "free. Free some; perplexity and divergence (--ppl) are measured without holding the model."
             )
-        weights = {name: checkpoint.decode(name) for name in checkpoint.layers}
+        packed = (matrix.name for matrix in checkpoint.wholes.values() if matrix.stored.format != "plain")
+        weights = {name: checkpoint.decode(name) for name in packed}
     finally:
         checkpoint.close()
     from lm_eval.models.huggingface import HFLM

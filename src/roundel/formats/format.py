@@ -15,7 +15,7 @@ from roundel.formats.patterns import occurs
 from roundel.io.safetensors import ShardLayout, Stacks, lay_out
 from roundel.scheme import Scheme
 from roundel.tensor import QuantizedTensor, TensorSpec
-from roundel.unit import Layer
+from roundel.unit import Cut, Layer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,6 +115,11 @@ class Format(Protocol):
     def schemes(self) -> Mapping[str, Scheme | None] | None:
         """The schemes by module name, of a format that decides on them itself; None in it: the matrix stays."""
         return None
+
+    def cuts(self, module: str, config: Mapping[str, object]) -> Mapping[str, Cut]:
+        """The parts that a matrix of the model (config.json: `config`) is stored in, by module name; the same for the
+        name of one of the parts. Empty for a matrix that is stored whole."""
+        return {}
 
     compound: ClassVar[tuple[str, ...]] = ()  # part names that have a dot in them: "weight.absmax"
 

@@ -88,7 +88,8 @@ def chosen_backends(checkpoint: Checkpoint, device: str, backend: str | None) ->
 
     See `load` for `backend` and what is raised.
     """
-    backends = {name: choose(layer, device, backend) for name, layer in checkpoint.layers.items()}
+    packed = {name: layer for name, layer in checkpoint.layers.items() if layer.cut is None}  # parts become floats
+    backends = {name: choose(layer, device, backend) for name, layer in packed.items()}
     if backend is None:
         _name_absent(checkpoint, backends, device)
     embedding = checkpoint.matrices.get(checkpoint.family.embedding.removesuffix(".weight"))

@@ -18,7 +18,7 @@ def needed_bytes(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> int
     """Bytes that a loaded model takes at least on its device, and on a CPU those of the largest layer while it is
     unpacked. Activations and the cache of keys and values come on top."""
     total, largest = 0, 0
-    for matrix in checkpoint.matrices.values():
+    for matrix in checkpoint.wholes.values():
         total += _stays(matrix, device, dtype)
         if matrix.stored.format != "plain":
             largest = max(largest, 3 * math.prod(matrix.shape))  # codes, unsigned codes, and what they are read from
@@ -40,8 +40,7 @@ def check_room(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> None:
 
 def _stays(matrix: Matrix, device: str, dtype: torch.dtype) -> int:
     weights = math.prod(matrix.shape)
-    if matrix.stored.format != "plain":
-        assert matrix.stored.scheme is not None
+    if matrix.stored.scheme is not None:
         return int(weights * matrix.stored.scheme.weight.bits_per_weight(matrix.shape) / 8)
     stored = ITEMSIZE[matrix.dtype] if matrix.dtype in FLOAT_DTYPES else dtype.itemsize
     return weights * (min(stored, dtype.itemsize) if device == "cpu" else dtype.itemsize)

@@ -26,7 +26,7 @@ from roundel.ops import use_kernels
 from roundel.ops.block_search import nearest_in, over, running_sum
 from roundel.ops.encode import encode_blocks
 from roundel.scheme import Grid
-from roundel.tensor import QuantizedTensor, code_values
+from roundel.tensor import QuantizedTensor, below_each_other, code_values
 
 __all__ = ["tune_blocks"]
 
@@ -161,9 +161,9 @@ def tune_blocks(weight: Tensor, grid: Grid, importance: Tensor | None = None, th
 
     begins = range(0, max(out, 1), rows)
     if threads == 1:
-        return _joined([part(begin) for begin in begins])
+        return below_each_other([part(begin) for begin in begins])
     with ThreadPoolExecutor(threads) as pool:
-        return _joined(list(pool.map(part, begins)))
+        return below_each_other(list(pool.map(part, begins)))
 
 
 def _tuned(weight: Tensor, start: QuantizedTensor, counted: Tensor) -> QuantizedTensor:
@@ -326,14 +326,3 @@ def _half(values: Tensor) -> Tensor:
     """As float16 holds them, finite; float32."""
     largest = torch.finfo(torch.float16).max
     return torch.nan_to_num(values).clamp(-largest, largest).half().float()
-
-
-def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:
-    def all_of(each: list[Tensor | QuantizedTensor]) -> Tensor | QuantizedTensor:
-        nested = [one for one in each if isinstance(one, QuantizedTensor)]
-        return _joined(nested) if nested else torch.cat([one for one in each if isinstance(one, Tensor)])
-
-    offsets = [part.offset for part in parts if part.offset is not None]
-    codes = torch.cat([part.codes for part in parts])
-    scale = all_of([part.scale for part in parts])
-    return replace(parts[0], codes=codes, scale=scale, offset=all_of(offsets) if offsets else None)

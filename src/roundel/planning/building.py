@@ -10,6 +10,7 @@ from roundel.choosing import Choice, choose, choose_conversions, head_asked, lay
 from roundel.errors import PlanError
 from roundel.formats import Contents, Format, Model, format_named
 from roundel.importance import open_importances
+from roundel.matrix import cut_for
 from roundel.notes import notes_of
 from roundel.planning.files import check_names, check_stacks, specs_of, stacks_of
 from roundel.planning.plan import Kept, Output, Plan, Work, most_common
@@ -98,7 +99,8 @@ def build_plan(
 
 def _matrices(checkpoint: Checkpoint, recipe: Recipe, problems: list[str]) -> tuple[dict[str, Matrix], bool]:
     """The model's matrices, and whether a head that shares the embedding's tensor is one of its own among them."""
-    matrices, head = dict(checkpoint.matrices), checkpoint.family.head
+    named, head = [format_named(name) for name in recipe.formats], checkpoint.family.head
+    matrices = cut_for(named, checkpoint.source.config, checkpoint.wholes, checkpoint.matrices)
     untied = checkpoint.is_tied and head_asked(recipe, head)
     if untied:
         matrices[head] = checkpoint.tied_head()

@@ -16,8 +16,8 @@ __all__ = ["works_of"]
 
 
 def works_of(checkpoint: Checkpoint, matrices: Mapping[str, Matrix], layers: Mapping[str, Layer]) -> tuple[Work, ...]:
-    """Every tensor of the source exactly once (a tied head reads the embedding's twice), in the order they lie in the
-    files."""
+    """Every tensor of the source exactly once (a tied head reads the embedding's again, and parts of a matrix read all
+    of it), in the order they lie in the files."""
     source = checkpoint.source
     split = {p.tensor for m in matrices.values() if m.name in layers and m.is_split for p in m.stored.parts.values()}
     works: list[Work] = []
@@ -31,7 +31,7 @@ def works_of(checkpoint: Checkpoint, matrices: Mapping[str, Matrix], layers: Map
         copies = (_copy(source.tensors, *matrix.bias),) if matrix.bias else ()
         if layer is not None:
             works.append(_work(checkpoint, matrix.name, "round", layer, copies, sharing(layer, layers)))
-        elif matrix.stored.format != "plain":
+        elif matrix.stored.format != "plain" or matrix.stored.cut is not None:
             works.append(_work(checkpoint, matrix.name, "decode", matrix.layer(), copies))
         else:
             weight = _copy(source.tensors, matrix.name + ".weight", matrix.stored.parts["weight"])

@@ -144,6 +144,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "self_attn.q_b_proj": "attn_q_b",
             "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
             "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+            "self_attn.kv_b_proj": "attn_kv_b",  # in files of older releases; now in the two parts that follow
             "self_attn.k_b_proj": "attn_k_b",
             "self_attn.v_b_proj": "attn_v_b",
             "self_attn.o_proj": "attn_output",

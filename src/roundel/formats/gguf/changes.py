@@ -1,6 +1,6 @@
 """What llama.cpp's converter changes in a tensor's values, and the tensors it makes itself.
 
-Source: llama.cpp, conversion/gemma.py, llama.py, phi.py, deepseek.py and base.py (`prepare_tensors`).
+Source: llama.cpp, conversion/gemma.py, llama.py, phi.py and base.py (`prepare_tensors`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from roundel.formats.gguf.rope import rope_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["extra_tensors", "is_float32", "long_rope_factor", "norm_offset", "split_latent_weight"]
+__all__ = ["extra_tensors", "is_float32", "long_rope_factor", "norm_offset"]
 
 _ROUTERS = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
 
@@ -31,20 +31,6 @@ def is_float32(gguf_name: str, shape: tuple[int, ...]) -> bool:
     if len(shape) <= 1 or gguf_name.endswith("_norm.weight") or not gguf_name.endswith(".weight"):
         return True
     return gguf_name.endswith(_ROUTERS)
-
-
-def split_latent_weight(weight: Tensor, settings: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """DeepSeek's kv_b_proj [heads * (nope + value), rank] -> keys [heads, rank, nope] and values [heads, value, rank].
-
-    Raises SourceError where config.json and the shape disagree.
-    """
-    heads, nope, value = (int(settings[key]) for key in ("num_attention_heads", "qk_nope_head_dim", "v_head_dim"))
-    if weight.shape[0] != heads * (nope + value):
-        raise SourceError(
-            f"kv_b_proj has {weight.shape[0]} rows; {heads} heads of {nope} + {value} need {heads * (nope + value)}."
-        )
-    both = weight.reshape(heads, nope + value, weight.shape[-1])
-    return both[:, :nope].transpose(1, 2).contiguous(), both[:, nope:].contiguous()
 
 
 def extra_tensors(settings: Mapping[str, Any], architecture_name: str) -> dict[str, Tensor]:

@@ -41,7 +41,15 @@ _FLOATS = {
 }
 _NEEDED = ("block_count", "embedding_length", "attention.head_count", "attention.layer_norm_rms_epsilon")
 _MODEL_TYPES = {"gemma3": "gemma3_text", "gpt-oss": "gpt_oss", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
-_EXPERT_COUNTS = {"mixtral": "num_local_experts", "gpt_oss": "num_local_experts"}
+_EXPERT_COUNTS = {
+    "mixtral": "num_local_experts", "gpt_oss": "num_local_experts", "deepseek_v2": "n_routed_experts",
+    "deepseek_v3": "n_routed_experts",
+}  # fmt: skip
+_DEEPSEEK = {  # key -> name in config.json, where the file may leave it out
+    "attention.q_lora_rank": "q_lora_rank", "expert_group_count": "n_group", "expert_group_used_count": "topk_group",
+    "leading_dense_block_count": "first_k_dense_replace", "expert_shared_count": "n_shared_experts",
+}  # fmt: skip
+_SCORING = {1: "softmax", 2: "sigmoid"}  # by `expert_gating_func`: of DeepSeek-V2, of V3
 _OF_CODE: dict[str, dict[str, Any]] = {  # what llama.cpp's code does, and transformers' classes not by default
     "qwen3_moe": {"norm_topk_prob": True},
 }
@@ -68,8 +76,12 @@ class _Rebuilt:
     def __init__(self, header: GgufHeader, lists: Mapping[str, np.ndarray]) -> None:
         self.header, self.lists = header, lists
         self.architecture = architecture_in(header)
-        mixture = self.architecture == "llama" and self._has("expert_count") and self._whole("expert_count") > 0
-        self.model_type = "mixtral" if mixture else _MODEL_TYPES.get(self.architecture, self.architecture)
+        self.model_type = _MODEL_TYPES.get(self.architecture, self.architecture)
+        if self.architecture == "llama" and self._has("expert_count") and self._whole("expert_count") > 0:
+            self.model_type = "mixtral"
+        if self.architecture == "deepseek2":
+            biased = any(name.endswith(".exp_probs_b.bias") for name in header.tensors)
+            self.model_type = "deepseek_v3" if biased or self._scoring() == "sigmoid" else "deepseek_v2"
 
     def config(self) -> dict[str, Any]:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -101,6 +113,7 @@ class _Rebuilt:
                 found[name] = f"blk.0.{tensor}" in tensors
         found |= {name: self._token(role) for role, name in _ROLES.items()}
         found |= _OF_CODE.get(self.model_type, {})
+        found |= self._deepseek(found["num_attention_heads"]) if self.architecture == "deepseek2" else {}
         found.setdefault("num_key_value_heads", found["num_attention_heads"])
         self._check(found)
         if "head_dim" in known:
@@ -147,6 +160,38 @@ class _Rebuilt:
             rebuilt["layer_types"] = [kinds[every < 1 or (block + 1) % every == 0] for block in range(blocks)]
         return rebuilt
 
+    def _deepseek(self, heads: int) -> dict[str, Any]:
+        """What is DeepSeek's own. Its one head of latent keys stands for as many as there are of queries."""
+        turned = self._whole("rope.dimension_count")
+        split = "_mla" if self._has("attention.key_length_mla") else ""  # older files give these sizes of whole heads
+        nope = self._whole(f"attention.key_length{split}") - turned
+        groups = {"n_group": 1, "topk_group": 1} if self.model_type == "deepseek_v3" else {}
+        scoring = self._scoring()
+        rebuilt: dict[str, Any] = {
+            "num_key_value_heads": heads,
+            "head_dim": turned,
+            "kv_lora_rank": self._whole("attention.kv_lora_rank"),
+            "q_lora_rank": None,
+            "qk_rope_head_dim": turned,
+            "qk_nope_head_dim": nope,
+            "v_head_dim": self._whole(f"attention.value_length{split}"),
+            "routed_scaling_factor": self._float("expert_weights_scale") if self._has("expert_weights_scale") else 1.0,
+            "norm_topk_prob": self._has("expert_weights_norm") and self._value("expert_weights_norm") is True,
+            **({"scoring_func": scoring} if scoring is not None else {}),
+            **groups,
+            **{name: self._whole(key) for key, name in _DEEPSEEK.items() if self._has(key)},
+        }
+        if turned < 1 or nope < 1 or rebuilt["v_head_dim"] < 1 or rebuilt["kv_lora_rank"] < 1:
+            raise SourceError(f"The GGUF file gives the model heads of {nope} and {turned} turned. Fetch it again.")
+        if self.model_type == "deepseek_v3":
+            rebuilt["num_nextn_predict_layers"] = 0
+        elif rebuilt.get("n_group", 1) > 1:
+            rebuilt["topk_method"] = "group_limited_greedy"
+        return rebuilt
+
+    def _scoring(self) -> str | None:
+        return _SCORING.get(self._whole("expert_gating_func")) if self._has("expert_gating_func") else None
+
     def _rotary(self, found: Mapping[str, Any]) -> dict[str, Any]:
         base = self._float("rope.freq_base") if self._has("rope.freq_base") else _BASE
         size = found.get("head_dim") or found["hidden_size"] // found["num_attention_heads"]
@@ -184,6 +229,9 @@ class _Rebuilt:
             scaling |= {name: self._float(key) for name, key in further.items() if self._has(key)}
             if self.model_type == "gpt_oss":
                 scaling["truncate"] = False
+            if self._has("rope.scaling.yarn_log_multiplier"):  # of the tenth that the logarithm is multiplied by
+                whole = float(f"{10 * self._float('rope.scaling.yarn_log_multiplier'):.7g}")
+                scaling |= {"mscale": whole, "mscale_all_dim": whole}
         return scaling
 
     def _before(self, found: Mapping[str, Any]) -> int:

@@ -18,12 +18,21 @@ from roundel.formats.gguf.architectures import architecture_of, settings_of
 from roundel.formats.gguf.changes import extra_tensors, is_float32, norm_offset
 from roundel.formats.gguf.metadata import metadata
 from roundel.formats.gguf.mixtures import FILE_TYPES, MIXTURES, mixed_model, type_of
-from roundel.formats.gguf.names import expert_of, left_out, row_order, rows_permuted, tensor_name, text_name
+from roundel.formats.gguf.names import (
+    expert_of,
+    is_latent,
+    latent_cuts,
+    left_out,
+    row_order,
+    rows_permuted,
+    tensor_name,
+    text_name,
+)
 from roundel.io.gguf import GGML_TYPES, GgufTensor, lay_out_gguf
 from roundel.io.safetensors import Place, ShardLayout, Stacks
 from roundel.scheme import PRESETS, Scheme
 from roundel.tensor import QuantizedTensor, TensorSpec
-from roundel.unit import Layer
+from roundel.unit import Cut, Layer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,12 +60,20 @@ class Gguf(Format):
 
     def for_model(self, model: Model) -> Format:
         try:
-            known = architecture_of(model.config)
+            architecture_of(model.config)
         except SourceError as error:
             raise PlanError(str(error)) from error
-        if known == "deepseek2":
-            raise PlanError("GGUF files of DeepSeek models are not written: their kv_b_proj has to be split in two.")
         return replace(self, model=model)
+
+    def cuts(self, module: str, config: Mapping[str, object]) -> Mapping[str, Cut]:
+        if not is_latent(module):
+            return {}
+        try:
+            settings, known = settings_of(config), architecture_of(config)
+        except SourceError:
+            return {}
+        absent = known != "deepseek2" or left_out(f"{module}.weight", settings, known) is not None
+        return {} if absent else latent_cuts(module, settings)
 
     def schemes(self) -> Mapping[str, Scheme | None] | None:
         if not self.mixture or self.model is None:
@@ -72,7 +89,7 @@ class Gguf(Format):
             tensor = tensors[name]
             if tensor is None:
                 continue
-            stored = (count, *shape) if experts[name] is not None else shape
+            stored = (count, *shape) if experts[name] is not None else self._stored_shape(name, shape)
             kind = type_of(GgufTensor(tensor, "F32" if is_float32(tensor, stored) else "F16", stored), mixed, whole)
             found[name] = PRESETS.get(PREFIX + kind)
         return found
@@ -144,7 +161,7 @@ class Gguf(Format):
             kind, shape = (_type(layer.scheme), layer.shape) if layer is not None else (spec.dtype, spec.shape)
             members.setdefault(name, []).append(spec)
             stack = () if expert_of(spec.name) is None else (len(members[name]),)
-            whole[name] = GgufTensor(name, kind, (*stack, *shape))
+            whole[name] = GgufTensor(name, kind, (*stack, *self._stored_shape(spec.name.rpartition(".")[0], shape)))
         tensors = list(whole.values())
         kind = self.mixture or next((m for m in FILE_TYPES if layers and m == _type(layers[0].scheme).lower()), "f16")
         told = metadata(self.model.config, self.model.folder, FILE_TYPES[kind], self.model.name, tensors)
@@ -191,6 +208,13 @@ class Gguf(Format):
         if left_out(tensor, self._settings, self._architecture) is not None:
             return None
         return tensor_name(tensor, self._architecture)
+
+    def _stored_shape(self, module: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a module's weight: with the heads as an axis of their own where it is stored by heads."""
+        if self._architecture != "deepseek2" or not is_latent(module):
+            return shape
+        cut = latent_cuts(module, self._settings)[module]
+        return (cut.heads, shape[0] // cut.heads, *shape[1:])
 
     def _row_order(self, tensor: str) -> Tensor | None:
         import torch

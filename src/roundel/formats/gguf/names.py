@@ -12,9 +12,21 @@ from typing import Any
 
 import numpy as np
 
+from roundel.errors import SourceError
 from roundel.formats.gguf.architectures import architecture
+from roundel.unit import Cut
 
-__all__ = ["expert_of", "hf_name", "left_out", "row_order", "rows_permuted", "split_latent", "tensor_name", "text_name"]
+__all__ = [
+    "expert_of",
+    "hf_name",
+    "is_latent",
+    "latent_cuts",
+    "left_out",
+    "row_order",
+    "rows_permuted",
+    "tensor_name",
+    "text_name",
+]
 
 _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -23,6 +35,7 @@ _EXPERT = re.compile(r"(?P<before>.+\.experts)\.(?P<expert>\d+)\.(?P<after>.+)")
 _TOWERS = re.compile(
     r"(^|[._])(visual|vision|audio|projector|multi_modal|mm)[._]|vision_tower|embed_vision|embed_audio"
 )
+_LATENT, _LATENT_PARTS = "kv_b_proj", ("k_b_proj", "v_b_proj")
 
 
 def tensor_name(hf_name: str, architecture_name: str) -> str | None:
@@ -121,14 +134,32 @@ def row_order(heads: int, size: int) -> np.ndarray:
     return rows
 
 
-def split_latent(hf_name: str, architecture_name: str) -> tuple[str, str] | None:
-    """The two modules whose weights DeepSeek's kv_b_proj is split into: keys' and values'; None for other tensors.
+def is_latent(module: str) -> bool:
+    """Whether this may be DeepSeek's kv_b_proj, or one of its two parts."""
+    return module.rpartition(".")[2] in (_LATENT, *_LATENT_PARTS)
 
-    `changes.split_latent_weight` makes their weights.
+
+def latent_cuts(module: str, settings: Mapping[str, Any]) -> dict[str, Cut]:
+    """The matrices in which DeepSeek's kv_b_proj [heads * (nope + value), rank] is stored, by module name: of each head
+    the rows of keys, turned (k_b_proj [heads * rank, nope]), and those of values (v_b_proj [heads * value, rank]).
+
+    llama.cpp multiplies queries by the one, and what attention makes of latent vectors by the other. Source: its
+    conversion/deepseek.py. module: of the whole (`is_latent`), or of one of the two. Raises SourceError for sizes that
+    are none.
     """
-    if architecture_name != "deepseek2" or not hf_name.endswith(".kv_b_proj.weight"):
-        return None
-    return hf_name.replace("kv_b_proj", "k_b_proj"), hf_name.replace("kv_b_proj", "v_b_proj")
+    heads, nope, value = (_size(settings, key) for key in ("num_attention_heads", "qk_nope_head_dim", "v_head_dim"))
+    before = module.rpartition(".")[0]
+    whole = f"{before}.{_LATENT}"
+    keys = Cut(of=whole, heads=heads, start=0, stop=nope, turned=True)
+    values = Cut(of=whole, heads=heads, start=nope, stop=nope + value)
+    return {f"{before}.{part}": cut for part, cut in zip(_LATENT_PARTS, (keys, values), strict=True)}
+
+
+def _size(settings: Mapping[str, Any], key: str) -> int:
+    value = settings.get(key)
+    if type(value) is not int or value < 1:
+        raise SourceError(f"config.json gives {value!r} as {key}, where a number of rows is needed. Fetch it again.")
+    return value
 
 
 def text_name(hf_name: str) -> str:

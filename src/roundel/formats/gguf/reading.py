@@ -1,9 +1,9 @@
 """Which tensors of a model a GGUF file holds, under the names of a Hugging Face checkpoint, and how they lie there.
 
 The inverse of `names` and `changes`: each expert of a stacked tensor is a tensor of its own, the rows of Llama's q_proj
-and k_proj are to be put back in order, and what was added to norms is to be taken off. Tensors that only carry rotary
-frequencies are no part of a checkpoint; `configuration` reads them. Not read: types that need a codebook, NVFP4, and
-DeepSeek's models, whose kv_b_proj lies there in two parts of which one is turned around.
+and k_proj are to be put back in order, and what was added to norms is to be taken off. The two parts of DeepSeek's
+kv_b_proj stay two matrices here, all heads in one; `Checkpoint.wholes` joins them. Tensors that only carry rotary
+frequencies are no part of a checkpoint; `configuration` reads them. Not read: types that need a codebook, and NVFP4.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from roundel.errors import SourceError
 from roundel.formats.gguf.architectures import ARCHITECTURES
 from roundel.formats.gguf.changes import norm_offset
-from roundel.formats.gguf.names import hf_name, row_order, rows_permuted
+from roundel.formats.gguf.names import hf_name, is_latent, row_order, rows_permuted
 from roundel.io.gguf import GGML_TYPES, GgufHeader, GgufTensor
 from roundel.io.safetensors import Place
 from roundel.scheme import BLOCK_GRIDS
@@ -26,9 +26,8 @@ from roundel.tensor import FLOAT_DTYPES, TensorSpec
 
 __all__ = ["Held", "architecture_in", "held_tensors"]
 
-_EXPERTS = ("num_local_experts", "num_experts")
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _ROTARY = re.compile(r"rope_freqs\.weight|rope_factors_(long|short)\.weight")
-_NOT_READ = ("deepseek2",)
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _ONE_ROW = "shared_expert_gate.weight"  # a vector in some files, a matrix of one row in the model
 
@@ -66,7 +65,7 @@ def architecture_in(header: GgufHeader) -> str:
     """llama.cpp's name of what a file holds. Raises SourceError for one that is not read."""
     value = header.metadata.get("general.architecture")
     found = value.value if value is not None else None
-    known = [each.name for each in ARCHITECTURES if each.name not in _NOT_READ]
+    known = [each.name for each in ARCHITECTURES]
     if found not in known:
         raise SourceError(
             f"The GGUF file holds a model of the architecture {found!r}; read are {', '.join(known)}. Start from the "
@@ -118,6 +117,10 @@ def _parts(
         spec = replace(place.spec, name=whole)
         if whole.endswith(_ONE_ROW) and len(spec.shape) == 1:
             spec = replace(spec, shape=(1, *spec.shape))
+        if is_latent(whole.removesuffix(".weight")) and len(spec.shape) == 3:
+            if spec.shape[0] != settings["num_attention_heads"]:
+                raise SourceError(f"{tensor.name} is {list(spec.shape)}, not of the model's heads. Fetch it again.")
+            spec = replace(spec, shape=(spec.shape[0] * spec.shape[1], spec.shape[2]))
         yield whole, Held(tensor.name, tensor.type, replace(place, spec=spec))
         return
     stacked = hf_name(tensor.name, architecture, 0) is not None and tensor.name.endswith((".weight", ".bias"))

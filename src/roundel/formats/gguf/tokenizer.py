@@ -24,11 +24,31 @@ __all__ = ["SPLITS", "tokenizer_files"]
 _LOWER, _UPPER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _BEFORE, _ENDING = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _BEHIND = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITS: dict[str, str | None] = {  # None: as GPT-2 does
-    **{name: pattern for pattern, name in PATTERNS.items()},
-    "gpt-2": None,
-    "gpt-4o": rf"{_BEFORE}{_UPPER}*{_LOWER}+{_ENDING}|{_BEFORE}{_UPPER}+{_LOWER}*{_ENDING}|\p{{N}}{{1,3}}{_BEHIND}",
-    "tekken": rf"{_BEFORE}{_UPPER}*{_LOWER}+|{_BEFORE}{_UPPER}+{_LOWER}*|\p{{N}}{_BEHIND}",
+_PUNCTUATION = r"!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~"
+# Cased letters that DeepSeek's first tokenizer does not take for such: Georgian, small Armenian, mathematical ones ...
+_NO_LETTERS = (
+    "\u0560-\u0588\u10c7-\u10ff\u1c80-\u1c88\u2d00-\u2d2d\ua790-\ua7fa\uab30-\uab68"
+    "\U00010570-\U000105bc\U00016e40-\U00016e7f\U0001d400-\U0001d7cb\U0001df00-\U0001df1e"
+)
+SPLITS: dict[str, tuple[str, ...]] = {  # one after the other; none: as GPT-2 does
+    **{name: (pattern,) for pattern, name in PATTERNS.items()},
+    "gpt-2": (),
+    "deepseek-llm": (
+        r"[\r\n]",
+        rf"\s?[[\p{{Lu}}\p{{Ll}}\p{{Lt}}]&&[^{_NO_LETTERS}]]+",
+        "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+        r"\s+$",
+        "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+        r"\p{N}+",
+    ),
+    "deepseek-v3": (
+        r"\p{N}{1,3}",
+        "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+        rf"[{_PUNCTUATION}][A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    "gpt-4o": (rf"{_BEFORE}{_UPPER}*{_LOWER}+{_ENDING}|{_BEFORE}{_UPPER}+{_LOWER}*{_ENDING}|\p{{N}}{{1,3}}{_BEHIND}",),
+    "tekken": (rf"{_BEFORE}{_UPPER}*{_LOWER}+|{_BEFORE}{_UPPER}+{_LOWER}*|\p{{N}}{_BEHIND}",),
 }
 _ALSO = {"deepseek-r1-qwen": "qwen2", "llama3": "llama-bpe", "llama-v3": "llama-bpe", "default": "gpt-2"}
 _WHOLE_WORDS = ("llama-bpe", "tekken")  # a word that is a token is not built by merges; a text begins with BOS
@@ -119,10 +139,12 @@ def _byte_level(metadata: Mapping[str, GgufValue], tokens: _Tokens) -> dict[str,
         "use_regex": True,
     }
     splitting: dict[str, object] = bytes_
-    pattern = SPLITS[name]
-    if pattern is not None:
-        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        splitting = {"type": "Sequence", "pretokenizers": [split, {**bytes_, "use_regex": False}]}
+    if SPLITS[name]:
+        steps: list[dict[str, object]] = [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+            for pattern in SPLITS[name]
+        ]
+        splitting = {"type": "Sequence", "pretokenizers": [*steps, {**bytes_, "use_regex": False}]}
     known = set(tokens.texts)
     pairs = [tuple(merge.split(" ")) for merge in merges]
     sound = [[left, right] for left, right in pairs if {left, right, left + right} <= known]
