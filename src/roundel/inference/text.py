@@ -24,6 +24,7 @@ __all__ = [
     "prompt_ids",
     "reach",
     "tokenizer_for",
+    "tokens_known",
     "turn_ids",
     "written",
 ]
@@ -35,15 +36,21 @@ Write = Callable[[str], None]
 def tokenizer_for(folder: str | Path, model: nn.Module, *, trust_remote_code: bool = False) -> Any:
     """The checkpoint's tokenizer. Raises SourceError when there is none, or it has tokens that the model has not."""
     tokenizer: Any = load_tokenizer(folder, trust_remote_code, fetch=True)
-    known: Any = model
-    embedding, highest = known.get_input_embeddings(), max(tokenizer.get_vocab().values(), default=-1)
-    rows = getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
+    rows, highest = tokens_known(model), max(tokenizer.get_vocab().values(), default=-1)
     if highest >= rows:
         raise SourceError(
             f"The tokenizer of {folder} has a token {highest}, and the model's embedding ends at {rows - 1}. It "
             "belongs to another model; copy the right tokenizer files there."
         )
     return tokenizer
+
+
+def tokens_known(model: nn.Module) -> int:
+    """How many tokens a model's embedding has rows for, rounded or not."""
+    known: Any = model
+    embedding = known.get_input_embeddings()
+    rows: int = getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
+    return rows
 
 
 @dataclass(frozen=True, kw_only=True)
