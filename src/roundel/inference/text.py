@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from roundel.calibration.quiet import quiet
 from roundel.calibration.tokenizer import load_tokenizer
-from roundel.errors import RecipeError, SourceError
+from roundel.errors import NumericsError, RecipeError, SourceError
 from roundel.inference.drawing import Drawing
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Write",
     "Written",
     "answered",
+    "check_template",
     "continued",
     "prompt_ids",
     "reach",
@@ -95,10 +96,7 @@ def turn_ids(tokenizer: Any, turns: Turns) -> list[int]:
     """The tokens of a conversation, up to where the model's turn begins. See `answered`."""
     from jinja2 import TemplateError
 
-    if not tokenizer.chat_template:
-        raise SourceError(
-            "The tokenizer has no chat template, so the model was not made for conversations. Use `roundel generate`."
-        )
+    check_template(tokenizer)
     try:
         ids: list[int] = tokenizer.apply_chat_template(
             list(turns), add_generation_prompt=True, return_dict=False, tokenizer_kwargs={"verbose": False}
@@ -108,6 +106,14 @@ def turn_ids(tokenizer: Any, turns: Turns) -> list[int]:
     if not ids:
         raise SourceError("The chat template makes nothing of this conversation. Use `roundel generate`.")
     return ids
+
+
+def check_template(tokenizer: Any) -> None:
+    """Raises SourceError for a tokenizer without a chat template."""
+    if not tokenizer.chat_template:
+        raise SourceError(
+            "The tokenizer has no chat template, so the model was not made for conversations. Use `roundel generate`."
+        )
 
 
 def reach(model: nn.Module) -> int | None:
@@ -131,9 +137,9 @@ def written(
 
     stop        texts before the first of which the answer ends
     cancelled   asked after every token whether to leave it at that
-    Raises RecipeError when there are more tokens than the model reads.
+    Raises RecipeError when there are more tokens than the model reads, NumericsError when it computes no numbers.
     """
-    from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+    from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
     class Pieces(TextStreamer):  # type: ignore[misc]
         """Hands on whole characters, as soon as no later token can change them."""
@@ -144,6 +150,15 @@ def written(
     class Enough(StoppingCriteria):  # type: ignore[misc]
         def __call__(self, ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
             return torch.full((len(ids),), pieces.stopped or cancelled(), device=ids.device)
+
+    class Numbers(LogitsProcessor):  # type: ignore[misc]
+        def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+            if bool(scores.isnan().any()):
+                raise NumericsError(
+                    f"What the model computes for token {ids.shape[1]} is not a number. A tensor of the checkpoint is "
+                    "broken: fetch or make it again. `roundel verify` looks at every one."
+                )
+            return scores
 
     pieces = _UpToStop(stop, write)
     known: Any = model
@@ -159,6 +174,7 @@ def written(
             attention_mask=torch.ones_like(entering),
             streamer=Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True),
             stopping_criteria=StoppingCriteriaList([Enough()]),
+            logits_processor=LogitsProcessorList([Numbers()]),
             **drawing.options(limit - len(ids)),
         )[0, len(ids) :].tolist()
     ends = known.generation_config.eos_token_id

@@ -82,7 +82,10 @@ class Speaker:
     ) -> Written:
         if given_up():  # while it waited
             raise _ending()
-        made = written(self._model, self._tokenizer, ids, write, drawing, stop=stop, cancelled=given_up)
+        try:
+            made = written(self._model, self._tokenizer, ids, write, drawing, stop=stop, cancelled=given_up)
+        except QuantizationError as error:
+            raise Refusal(str(error), status=500) from error
         if self.stopping.is_set():
             raise _ending()
         return made
