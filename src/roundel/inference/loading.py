@@ -297,7 +297,7 @@ def _name_absent(checkpoint: Checkpoint, backends: Mapping[str, Backend], device
             warnings.warn(
                 f"Backend {better.name} would run {layers[name].scheme.name} on {device} faster than {chosen.name}; "
                 f"install it with `{better.needs}`.",
-                stacklevel=4,
+                stacklevel=5,  # of who called `load`
             )
             return
 
