@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import roundel
 from commands import command
@@ -81,9 +83,11 @@ def test_a_chat_goes_on_where_it_was(rounded: Path, tmp_path: Path) -> None:
 
 
 def test_no_chat_template(rounded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
-    found = command("chat", rounded)
-    assert found.code == 5 and "no chat template" in found.error and "roundel generate" in found.error
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    found = command("chat", rounded)  # told before anything is said
+    assert (
+        found.code == 5 and not found.output and "no chat template" in found.error and "roundel generate" in found.error
+    )
 
 
 def test_a_template_that_says_nothing(rounded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +104,25 @@ def test_a_generation_config_that_is_not_possible(rounded: Path, tmp_path: Path,
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": True} | wrong))
     found = command("generate", folder, PROMPT)
     assert found.code == 5 and f"says {next(iter(wrong))}=" in found.error
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_model_that_computes_no_numbers(rounded: Path, tmp_path: Path, temperature: float) -> None:
+    folder = shutil.copytree(rounded, tmp_path / "out")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = math.nan
+    save_file(tensors, folder / "model.safetensors")
+    found = command("generate", folder, PROMPT, "--temperature", temperature, "--max-new-tokens", 3)
+    assert found.code == 6 and "is not a number" in found.error and "roundel verify" in found.error
+
+
+def test_what_is_interrupted_keeps_nothing(rounded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("roundel.inference.text.continued", interrupted)
+    found = command("generate", rounded, PROMPT)
+    assert (found.code, found.error) == (130, "Interrupted.")
 
 
 def test_no_tokenizer(rounded: Path, tmp_path: Path) -> None:
@@ -130,6 +153,7 @@ def test_a_tokenizer_of_another_model(rounded: Path, tmp_path: Path) -> None:
         (("--temperature", "-1"), "A temperature of -1.0 is not possible"),
         (("--top-p", "2"), "top_p=2.0 is not possible"),
         (("--max-new-tokens", "0"), "0 tokens are none to write"),
+        (("--seed", str(1 << 64)), "does not fit into 64 bits"),
         (("--device", "gpu"), "none that torch knows"),
     ],
 )

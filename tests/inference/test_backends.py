@@ -198,6 +198,15 @@ def test_a_refusal_names_the_wanted_backend_and_why(monkeypatch: pytest.MonkeyPa
         choose(layer, "cpu", "nunba")
 
 
+def test_a_refusal_of_the_one_that_is_wanted_says_which_others_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch)
+    with pytest.raises(BackendError) as caught:
+        choose(layer_of(integer_scheme(4), (64, 256)), "cpu", "triton")
+    told = str(caught.value)
+    assert "triton: it runs on cuda and xpu, not on cpu. Of the others, numba, torch can; marlin: it runs on" in told
+    assert all(f"; {name}: " in told for name in ("marlin", "exllamav2", "ark"))
+
+
 def test_a_refusal_names_every_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     here(monkeypatch)
     monkeypatch.setattr(Torch, "refuse", lambda self, layer, device: "it is out of order")

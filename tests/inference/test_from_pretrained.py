@@ -184,6 +184,7 @@ def test_it_stays_as_it_was_loaded(tmp_path: Path) -> None:
     for model in (AutoModelForCausalLM.from_pretrained(folder), roundel.load(folder)):
         with pytest.raises(BackendError, match="cannot be moved to meta"):
             model.to("meta")
+        assert not any(value.is_meta for value in (*model.parameters(), *model.buffers()))
         with pytest.raises(BackendError, match="Copy the folder that it was loaded from"):
             model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved" / "model.safetensors").exists()

@@ -156,8 +156,11 @@ def test_it_generates(tmp_path: Path) -> None:
 def test_it_stays_where_it_was_loaded(tmp_path: Path) -> None:
     model = roundel.load(made("llama", tmp_path))
     assert model.to("cpu") is model
-    with pytest.raises(BackendError, match="loaded for cpu by backend numba and cannot be moved to meta"):
+    with pytest.raises(BackendError, match="loaded for cpu and cannot be moved to meta"):
         model.to("meta")
+    with pytest.raises(BackendError, match="loaded for cpu by backend numba and cannot be moved to meta"):
+        model.model.layers[0].mlp.down_proj.to("meta")
+    assert said(model, IDS[:1]).isfinite().all()  # nothing of it has moved
 
 
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:

@@ -24,7 +24,10 @@ from cli.test_running import TEMPLATE
 from commands import command
 from roundel.data.bundled import bundled_model
 from roundel.inference.drawing import Drawing
+from roundel.inference.linear import QuantEmbedding
 from roundel.inference.text import answered, continued, tokenizer_for
+from roundel.serving.asked import Refusal, read_request
+from roundel.serving.speaker import Speaker
 
 PROMPT = "It was a dark night, and"
 GREEDY = {"model": "out", "temperature": 0, "max_tokens": 12}
@@ -216,6 +219,20 @@ def test_ctrl_c_ends_what_is_being_written(served: Served) -> None:
         began = time.monotonic()
         code, error = ended(process)
         assert (code, error) == (0, "") and time.monotonic() - began < 30
+
+
+def test_a_model_whose_embedding_is_rounded(tmp_path: Path) -> None:
+    roundel.quantize(bundled_model(), tmp_path, recipe=roundel.Recipe(formats=("gguf:q4_0",)), workers=1)
+    model = roundel.load(tmp_path)
+    assert isinstance(model.get_input_embeddings(), QuantEmbedding)
+    speaker = Speaker(model, tokenizer_for(tmp_path, model))
+    try:
+        ids, _ = speaker.read(read_request(b'{"prompt": [2047]}', "out", is_chat=False))[0]
+        assert ids == [2047]
+        with pytest.raises(Refusal, match="the model's end at 2047"):
+            speaker.read(read_request(b'{"prompt": [2048]}', "out", is_chat=False))
+    finally:
+        speaker.close()
 
 
 def test_without_a_chat_template(tmp_path: Path) -> None:

@@ -28,9 +28,10 @@ def chat(system: str | None, drawing: Drawing, load: Callable[[], tuple[Any, Any
     Example:
       roundel chat ./out --system "Answer in one sentence."
     """
-    from roundel.inference.text import answered
+    from roundel.inference.text import answered, check_template
 
     model, tokenizer = load()
+    check_template(tokenizer)
     turns = [] if system is None else [{"role": "system", "content": system}]
     while said := _line():
         turns.append({"role": "user", "content": said})

@@ -16,7 +16,9 @@ __all__ = ["compare"]
 @click.argument("models", nargs=-1, required=True)
 @click.option("--ppl", "text", metavar="TEXT", required=True, help="Text to predict, as `roundel eval` takes it.")
 @click.option("--source", metavar="MODEL", help="Compare predictions with this model's. [default: the first]")
-@click.option("--html", "html_file", type=click.Path(path_type=Path), help="Write a page with plots to this file.")
+@click.option(
+    "--html", "html_file", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with plots to this file."
+)
 @passage_options
 def compare(
     models: tuple[str, ...],

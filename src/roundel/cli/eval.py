@@ -28,7 +28,10 @@ __all__ = ["eval_"]
 )
 @click.option("--kl-against", "source", metavar="MODEL", help="Compare predictions on that text with this model's.")
 @click.option(
-    "--per-position", type=click.Path(path_type=Path), metavar="FILE", help="Write every position to a .safetensors."
+    "--per-position",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write every position to a .safetensors.",
 )
 @click.option("--tasks", metavar="NAME[,NAME]", help="Tasks of lm-evaluation-harness; patterns with * are allowed.")
 @click.option("--include-path", type=click.Path(path_type=Path), metavar="FOLDER", help="Task YAMLs of your own.")
@@ -76,8 +79,14 @@ def eval_(
         asked = "--kl-against compares predictions of a text" if source else "There is nothing to measure"
         more = "" if source else "; or name --tasks"
         raise RecipeError(f"{asked}: pass one with --ppl, such as --ppl mytext.txt or --ppl bundled{more}.")
-    if backend != "hf" and tasks is None:
-        raise RecipeError("--backend is what runs tasks: name some with --tasks, or leave it out.")
+    of_tasks = {
+        "--backend": backend != "hf",
+        "--include-path": include_path is not None,
+        "--eval-bs": eval_bs is not None,
+    }
+    idle = [option for option, given in of_tasks.items() if given]
+    if tasks is None and idle:
+        raise RecipeError(f"{idle[0]} is for tasks: name some with --tasks, or leave it out.")
     models = [model] if source is None else [source, model]
     numbers: dict[str, object] = {}
     if text is not None:

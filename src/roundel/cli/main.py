@@ -30,6 +30,7 @@ COMMANDS = {
     "compare": "Compare models: size, perplexity, divergence, speed.",
     "demo": "Quantize the bundled model and measure the result.",
 }
+RESUMED = (["quantize"], ["convert"])  # commands that go on where they were interrupted
 
 
 class _Commands(click.Group):
@@ -100,5 +101,6 @@ def main() -> None:
 
 
 def _interrupted() -> None:
-    click.echo("\nInterrupted. What is finished is kept: repeat the same command to continue.", err=True)
+    kept = " What is finished is kept: repeat the same command to continue." if sys.argv[1:2] in RESUMED else ""
+    click.echo(f"\nInterrupted.{kept}", err=True)
     sys.exit(130)

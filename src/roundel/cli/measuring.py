@@ -41,7 +41,9 @@ _OPTIONS = (
         help="Where states lie between blocks.",
     ),
     click.option("--device", default="cpu", show_default=True, help="Where models are run: cpu, cuda, cuda:1."),
-    click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the numbers to this file."),
+    click.option(
+        "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the numbers to this file."
+    ),
     click.option("--trust-remote-code", is_flag=True, help="Let code that ships inside a checkpoint run."),
 )
 

@@ -21,7 +21,7 @@ def write_positions(path: Path, passage: Passage, verdicts: Sequence[Sequence[Ve
     The value at a token says what was predicted there, of this very token; where nothing was, NaN, or -1 for `top`.
     The file's metadata names the models, in order, as JSON. Raises OutputError when it cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     shape = passage.windows.shape
     tensors = {"tokens": passage.windows}
@@ -35,6 +35,6 @@ def write_positions(path: Path, passage: Passage, verdicts: Sequence[Sequence[Ve
         tensors |= {f"{number}.surprise": surprise, f"{number}.divergence": divergence, f"{number}.top": top}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path, {"models": json.dumps(list(names))})
+        path.write_bytes(save(tensors, {"models": json.dumps(list(names))}))
     except OSError as error:
         raise OutputError(f"{path} cannot be written ({error}). Choose another place.") from error

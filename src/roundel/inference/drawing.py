@@ -33,6 +33,8 @@ class Drawing:
             raise RecipeError(f"A temperature of {self.temperature} is not possible. Use 0 or more.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise RecipeError(f"top_p={self.top_p} is not possible. Use a number above 0, at most 1.")
+        if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 64:
+            raise RecipeError(f"A seed of {self.seed} does not fit into 64 bits. Use a smaller one.")
 
     def options(self, room: int) -> dict[str, Any]:
         """What `generate` is told, when there is room for so many tokens."""

@@ -14,10 +14,27 @@ from torch.func import functional_call
 
 from roundel.errors import BackendError
 
-__all__ = ["QuantEmbedding", "QuantLinear", "StoredEmbedding", "StoredLinear"]
+__all__ = ["Anchor", "QuantEmbedding", "QuantLinear", "StoredEmbedding", "StoredLinear"]
 
 FEW = 16  # inputs that a kernel multiplies by, widening in registers; beyond, rows are widened for torch
 WIDENED = 1 << 22  # weights widened at a time
+
+
+class Anchor(nn.Module):
+    """Keeps a model where its rounded layers are: its first module, which refuses before another one has moved."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = torch.device(device).type
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Anchor:
+        there = fn(torch.empty(0, device=self.device)).device.type
+        if there != self.device:
+            raise BackendError(
+                f"The model was loaded for {self.device} and cannot be moved to {there}: its rounded layers lie as "
+                f"{self.device} wants them. Load the checkpoint again with device={there!r}."
+            )
+        return self
 
 
 class QuantLinear(nn.Module):

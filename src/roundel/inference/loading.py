@@ -27,7 +27,7 @@ from roundel.formats import FORMATS
 from roundel.inference.backends import Backend, better_but_absent, choose
 from roundel.inference.backends.numba import Numba
 from roundel.inference.backends.torch import Decoding, Torch
-from roundel.inference.linear import QuantEmbedding, QuantLinear, StoredEmbedding, StoredLinear
+from roundel.inference.linear import Anchor, QuantEmbedding, QuantLinear, StoredEmbedding, StoredLinear
 from roundel.inference.room import check_room
 from roundel.tensor import QuantizedTensor, plain
 
@@ -113,6 +113,10 @@ def fill(
     for name, tensor in spelling.tensors.items():
         filling.put(name, tensor)
     filling.tie()
+    if backends:
+        others = dict(model._modules)
+        model._modules.clear()
+        model._modules.update({"anchor": Anchor(device)} | others)
     if device == "cpu" and not any(_multiplied_by_torch(module) for module in model.modules()):
         from roundel.inference.numba.team import spare_processors
 
@@ -294,7 +298,7 @@ def _name_absent(checkpoint: Checkpoint, backends: Mapping[str, Backend], device
             warnings.warn(
                 f"Backend {better.name} would run {layers[name].scheme.name} on {device} faster than {chosen.name}; "
                 f"install it with `{better.needs}`.",
-                stacklevel=4,
+                stacklevel=5,  # of who called `load`
             )
             return
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from roundel.calibration.quiet import quiet
 from roundel.calibration.tokenizer import load_tokenizer
-from roundel.errors import RecipeError, SourceError
+from roundel.errors import NumericsError, RecipeError, SourceError
 from roundel.inference.drawing import Drawing
 
 __all__ = [
@@ -20,10 +20,12 @@ __all__ = [
     "Write",
     "Written",
     "answered",
+    "check_template",
     "continued",
     "prompt_ids",
     "reach",
     "tokenizer_for",
+    "tokens_known",
     "turn_ids",
     "written",
 ]
@@ -35,15 +37,21 @@ Write = Callable[[str], None]
 def tokenizer_for(folder: str | Path, model: nn.Module, *, trust_remote_code: bool = False) -> Any:
     """The checkpoint's tokenizer. Raises SourceError when there is none, or it has tokens that the model has not."""
     tokenizer: Any = load_tokenizer(folder, trust_remote_code, fetch=True)
-    known: Any = model
-    embedding, highest = known.get_input_embeddings(), max(tokenizer.get_vocab().values(), default=-1)
-    rows = getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
+    rows, highest = tokens_known(model), max(tokenizer.get_vocab().values(), default=-1)
     if highest >= rows:
         raise SourceError(
             f"The tokenizer of {folder} has a token {highest}, and the model's embedding ends at {rows - 1}. It "
             "belongs to another model; copy the right tokenizer files there."
         )
     return tokenizer
+
+
+def tokens_known(model: nn.Module) -> int:
+    """How many tokens a model's embedding has rows for, rounded or not."""
+    known: Any = model
+    embedding = known.get_input_embeddings()
+    rows: int = getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
+    return rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +96,7 @@ def turn_ids(tokenizer: Any, turns: Turns) -> list[int]:
     """The tokens of a conversation, up to where the model's turn begins. See `answered`."""
     from jinja2 import TemplateError
 
-    if not tokenizer.chat_template:
-        raise SourceError(
-            "The tokenizer has no chat template, so the model was not made for conversations. Use `roundel generate`."
-        )
+    check_template(tokenizer)
     try:
         ids: list[int] = tokenizer.apply_chat_template(
             list(turns), add_generation_prompt=True, return_dict=False, tokenizer_kwargs={"verbose": False}
@@ -101,6 +106,14 @@ def turn_ids(tokenizer: Any, turns: Turns) -> list[int]:
     if not ids:
         raise SourceError("The chat template makes nothing of this conversation. Use `roundel generate`.")
     return ids
+
+
+def check_template(tokenizer: Any) -> None:
+    """Raises SourceError for a tokenizer without a chat template."""
+    if not tokenizer.chat_template:
+        raise SourceError(
+            "The tokenizer has no chat template, so the model was not made for conversations. Use `roundel generate`."
+        )
 
 
 def reach(model: nn.Module) -> int | None:
@@ -124,9 +137,9 @@ def written(
 
     stop        texts before the first of which the answer ends
     cancelled   asked after every token whether to leave it at that
-    Raises RecipeError when there are more tokens than the model reads.
+    Raises RecipeError when there are more tokens than the model reads, NumericsError when it computes no numbers.
     """
-    from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+    from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
     class Pieces(TextStreamer):  # type: ignore[misc]
         """Hands on whole characters, as soon as no later token can change them."""
@@ -137,6 +150,15 @@ def written(
     class Enough(StoppingCriteria):  # type: ignore[misc]
         def __call__(self, ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
             return torch.full((len(ids),), pieces.stopped or cancelled(), device=ids.device)
+
+    class Numbers(LogitsProcessor):  # type: ignore[misc]
+        def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+            if bool(scores.isnan().any()):
+                raise NumericsError(
+                    f"What the model computes for token {ids.shape[1]} is not a number. A tensor of the checkpoint is "
+                    "broken: fetch or make it again. `roundel verify` looks at every one."
+                )
+            return scores
 
     pieces = _UpToStop(stop, write)
     known: Any = model
@@ -152,6 +174,7 @@ def written(
             attention_mask=torch.ones_like(entering),
             streamer=Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True),
             stopping_criteria=StoppingCriteriaList([Enough()]),
+            logits_processor=LogitsProcessorList([Numbers()]),
             **drawing.options(limit - len(ids)),
         )[0, len(ids) :].tolist()
     ends = known.generation_config.eos_token_id

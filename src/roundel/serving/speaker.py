@@ -13,7 +13,7 @@ from torch import nn
 
 from roundel.errors import QuantizationError
 from roundel.inference.drawing import Drawing
-from roundel.inference.text import Turns, Written, prompt_ids, reach, turn_ids, written
+from roundel.inference.text import Turns, Written, prompt_ids, reach, tokens_known, turn_ids, written
 from roundel.serving.asked import Asked, Refusal
 
 __all__ = ["Speaker"]
@@ -31,7 +31,7 @@ class Speaker:
         self._model, self._tokenizer = model, tokenizer
         self._reading = copy.deepcopy(tokenizer)  # a tokenizer is used by one thread at a time
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="speaker")
-        self._limit, self._rows = reach(model), _rows(model)
+        self._limit, self._rows = reach(model), tokens_known(model)
         self.stopping = threading.Event()
 
     def read(self, asked: Asked) -> list[tuple[list[int], Drawing]]:
@@ -82,7 +82,10 @@ class Speaker:
     ) -> Written:
         if given_up():  # while it waited
             raise _ending()
-        made = written(self._model, self._tokenizer, ids, write, drawing, stop=stop, cancelled=given_up)
+        try:
+            made = written(self._model, self._tokenizer, ids, write, drawing, stop=stop, cancelled=given_up)
+        except QuantizationError as error:
+            raise Refusal(str(error), status=500) from error
         if self.stopping.is_set():
             raise _ending()
         return made
@@ -98,12 +101,6 @@ class Speaker:
             return turn_ids(self._reading, prompt)
         except QuantizationError as error:
             raise Refusal(str(error)) from error
-
-
-def _rows(model: nn.Module) -> int:
-    known: Any = model
-    rows: int = known.get_input_embeddings().weight.shape[0]
-    return rows
 
 
 def _ending() -> Refusal:

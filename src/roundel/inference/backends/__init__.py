@@ -25,20 +25,29 @@ def choose(layer: Layer, device: str, wanted: str | None = None) -> Backend:
     """
     if wanted is not None and wanted not in BACKENDS:
         raise RecipeError(f"Unknown backend {wanted!r}.{nearest(wanted, BACKENDS)} Known are {', '.join(BACKENDS)}.")
-    kind = device.partition(":")[0]
-    asked = [BACKENDS[wanted]] if wanted else sorted(BACKENDS.values(), key=lambda b: -b.priority)
-    reasons = {}
-    for backend in asked:
-        reason = backend.refuse(layer, kind)
-        if reason is None and backend.needs is not None:
-            reason = f"it is not installed ({backend.needs})"
-        if reason is None:
-            return backend
-        reasons[backend.name] = reason
-    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    best_first = sorted(BACKENDS.values(), key=lambda b: -b.priority)
+    reasons = {b.name: _reason(b, layer, device.partition(":")[0]) for b in best_first}
+    taking = [name for name, reason in reasons.items() if reason is None]
+    if wanted is None and taking:
+        return BACKENDS[taking[0]]
+    if wanted in taking:
+        return BACKENDS[wanted]
     out, width = layer.shape
-    remedy = "Leave backend out to have one chosen." if wanted else "Load the checkpoint on another device."
-    raise BackendError(f"{layer.name} [{out}, {width}] {layer.scheme.name} cannot be run on {device}: {told}. {remedy}")
+    this = f"{layer.name} [{out}, {width}] {layer.scheme.name} cannot be run on {device}"
+    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason is not None)
+    if wanted is None:
+        raise BackendError(f"{this}: {told}. Load the checkpoint on another device.")
+    told = f"{wanted}: {reasons.pop(wanted)}. Of the others, {', '.join(taking) or 'none'} can"
+    told += "".join(f"; {name}: {reason}" for name, reason in reasons.items() if reason is not None)
+    raise BackendError(f"{this}: {told}. Leave backend out to have one chosen.")
+
+
+def _reason(backend: Backend, layer: Layer, kind: str) -> str | None:
+    """Why a backend cannot run a layer on a kind of device here, or None."""
+    reason = backend.refuse(layer, kind)
+    if reason is None and backend.needs is not None:
+        return f"it is not installed ({backend.needs})"
+    return reason
 
 
 def better_but_absent(layer: Layer, device: str, chosen: Backend) -> Backend | None:
