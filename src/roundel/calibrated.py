@@ -103,6 +103,7 @@ class Units:
             dtype=torch.float32,
             trust_remote_code=calibration.trust_remote_code,
         )
+        self.skeleton.check_shapes(checkpoint.shape)
         self.blocks: dict[str, Block] = {b.name: b for b in (*self.skeleton.blocks, self.skeleton.tail)}
         needed = frontier_bytes(self.plan, self.skeleton.hidden, self.samples, self.tokens)
         held = calibration.offload == "ram" or (calibration.offload == "auto" and needed < self.free_memory // 2)

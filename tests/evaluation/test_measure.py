@@ -178,6 +178,12 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path, monkeypatch: pytest.
     other = pico.build("llama", tmp_path / "other", vocab_size=300)
     with pytest.raises(PlanError, match="300 tokens, model 256"):
         measure([model, other], text, window=WINDOW)
+    odd = pico.build("llama", tmp_path / "odd")
+    stored = load_file(odd / "model.safetensors")
+    stored["model.norm.weight"] = stored["model.norm.weight"][:5].clone()
+    save_file(stored, odd / "model.safetensors")
+    with pytest.raises(SourceError, match=r"model\.norm\.weight is \[5\], and config\.json describes"):
+        measure([odd], text, window=WINDOW)
     monkeypatch.setattr(room, "free_memory", lambda device="cpu": 1 << 20)
     with pytest.raises(PlanError, match="of memory to run"):
         measure([model], text, window=WINDOW)

@@ -17,9 +17,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from roundel.calibration.quiet import quiet
-from roundel.errors import PlanError
+from roundel.errors import PlanError, SourceError
 
-__all__ = ["WRONG", "empty_model", "fill_buffers"]
+__all__ = ["DATA_FREE", "WRONG", "empty_model", "fill_buffers", "misfit"]
+
+DATA_FREE = "Algorithms that look at no data, such as opt-rtn, round it all the same."
 
 UNLIKE_LOADING = ("quantization_config", "torch_dtype", "dtype")  # settings of a stored file, not of the class
 DEFINITE = (
@@ -52,13 +54,20 @@ def empty_model(
         except WRONG as error:
             raise PlanError(
                 f"transformers cannot build a {config.get('model_type')!r} model of this config.json "
-                f"({type(error).__name__}: {error}). Install the transformers release it was made for, or choose an "
-                "algorithm that looks at no data, such as opt-rtn."
+                f"({type(error).__name__}: {error}). Install the transformers release it was made for. {DATA_FREE}"
             ) from error
     for name, parameter in list(model.named_parameters()):
         if not parameter.is_meta:
             _put(model, name, nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad))
     return model.eval()
+
+
+def misfit(tensor: str, found: Sequence[int], wanted: Sequence[int]) -> SourceError:
+    """That a tensor has another shape than the model's."""
+    return SourceError(
+        f"{tensor} is {list(found)}, and config.json describes a model in which it is {list(wanted)}. Fetch both again "
+        "from one place."
+    )
 
 
 def fill_buffers(model: nn.Module, stored: Collection[str], device: str) -> None:
@@ -81,8 +90,7 @@ def fill_buffers(model: nn.Module, stored: Collection[str], device: str) -> None
         buffer = model.get_buffer(name)
         if name in blank and _is_blank(buffer):
             raise PlanError(
-                f"{type(model).__name__} computes the buffer {name} in a way that only a loaded model has. Choose an "
-                "algorithm that looks at no data, such as opt-rtn."
+                f"{type(model).__name__} computes the buffer {name} in a way that only a loaded model has. {DATA_FREE}"
             )
         _put(model, name, buffer.to(device))
 
@@ -137,14 +145,12 @@ def _shipped(settings: Mapping[str, Any], folder: Path | None, trust_remote_code
     if not isinstance(shipped, Mapping):
         raise PlanError(
             f"transformers {transformers.__version__} does not know the model type {model_type!r}, so its blocks "
-            "cannot be run. Install a release that knows it, or choose an algorithm that looks at no data, such as "
-            "opt-rtn."
+            f"cannot be run. Install a release that knows it. {DATA_FREE}"
         )
     if not trust_remote_code:
         raise PlanError(
             f"The model type {model_type!r} needs code that ships inside the checkpoint ({', '.join(shipped.values())})"
-            ", which would run on this machine. Read it, then pass --trust-remote-code; or choose an algorithm that "
-            "looks at no data, such as opt-rtn."
+            f", which would run on this machine. Read it, then pass --trust-remote-code. {DATA_FREE}"
         )
     if folder is None or "AutoConfig" not in shipped or "AutoModelForCausalLM" not in shipped:
         raise PlanError(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from roundel.calibration.architecture import DATA_FREE
 from roundel.errors import PlanError
 
 __all__ = ["Projection", "experts_and_inputs", "experts_prefix", "unfuse"]
@@ -143,8 +144,8 @@ def unfuse(model: nn.Module, experts: Mapping[str, Mapping[str, str]]) -> None:
             model.set_submodule(path, RoutedExperts(split))
         else:
             raise PlanError(
-                f"{path}: the experts of {type(fused).__name__} are fused in a way that cannot be taken apart. Choose "
-                "an algorithm that looks at no data, such as opt-rtn."
+                f"{path}: the experts of {type(fused).__name__} are fused in a way that cannot be taken apart. "
+                f"{DATA_FREE}"
             )
 
 
@@ -153,7 +154,7 @@ def _check(fused: nn.Module, names: Mapping[str, str], *, has_gate: bool) -> Non
     if set(names) != ({"gate", "up", "down"} if has_gate else {"up", "down"}):
         raise PlanError(
             f"{type(fused).__name__} has {'a gate' if has_gate else 'no gate'}, and the checkpoint calls an expert's "
-            f"projections {', '.join(sorted(names.values()))}. Choose an algorithm that looks at no data."
+            f"projections {', '.join(sorted(names.values()))}. {DATA_FREE}"
         )
 
 

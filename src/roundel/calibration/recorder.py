@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from roundel.calibration.architecture import WRONG
+from roundel.calibration.architecture import DATA_FREE, WRONG
 from roundel.errors import PlanError
 
 __all__ = ["Heard", "Kind", "Recorder", "Stop", "Watch", "zeros_of"]
@@ -81,8 +81,7 @@ class Kind:
         except WRONG as error:
             reason = f"{type(error).__name__}: {error}"
             raise PlanError(
-                f"A block of {type(block).__name__} cannot be run on hidden states alone ({reason}). Choose an "
-                "algorithm that looks at no data, such as opt-rtn."
+                f"A block of {type(block).__name__} cannot be run on hidden states alone ({reason}). {DATA_FREE}"
             ) from error
         self.outputs = len(output) if isinstance(output, tuple) else 0
         self.deaf = heard.has_passed

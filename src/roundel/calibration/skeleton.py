@@ -8,7 +8,7 @@ refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from roundel.calibration.architecture import empty_model, fill_buffers
+from roundel.calibration.architecture import DATA_FREE, empty_model, fill_buffers, misfit
 from roundel.calibration.block import Block, Weights
 from roundel.calibration.experts import unfuse
 from roundel.calibration.late import stand_ins
@@ -29,7 +29,6 @@ from roundel.families import Family
 __all__ = ["Block", "Skeleton"]
 
 FEW = (1, 8)  # samples and tokens of the pass that finds out which tensors are used where
-DATA_FREE = "Choose an algorithm that looks at no data, such as opt-rtn."
 
 
 class Skeleton:
@@ -39,6 +38,7 @@ class Skeleton:
     tail           final norm and output head; its output is the logits
     entry_tensors  names of the tensors that are needed before the first block
     hidden         how wide the states between blocks are
+    shapes         of the model's tensors, by their names in the checkpoint
     """
 
     def __init__(
@@ -63,6 +63,9 @@ class Skeleton:
         spelling = spelling_of(self._model, tensors)
         fill_buffers(self._model, spelling.tensors, device)
         unfuse(self._model, spelling.experts)
+        parameters = self._model.named_parameters()
+        named = {spelling.tensors[name]: tuple(value.shape) for name, value in parameters if name in spelling.tensors}
+        self.shapes: Mapping[str, tuple[int, ...]] = named
         stored, path = self._find_blocks(family, spelling)
         self._recorders = self._take_out(path)
         self._zeros = zeros_of(self._model, device)
@@ -77,6 +80,12 @@ class Skeleton:
         heads = [spelling.tensors[name] for name in self._weights_of("output") if name in spelling.tensors]
         name = heads[0].removesuffix(".weight") if heads else family.head
         self.tail = Block(name, self._model, end, self._finish)
+
+    def check_shapes(self, stored: Callable[[str], tuple[int, ...]]) -> None:
+        """Raises SourceError where the checkpoint's tensors (name -> shape) have other shapes than the model's."""
+        for name, wanted in self.shapes.items():
+            if stored(name) != wanted:
+                raise misfit(name, stored(name), wanted)
 
     def enter(self, tokens: Tensor, weights: Weights) -> Tensor:
         """The states that enter the first block, [samples, tokens, hidden], for token ids [samples, tokens].

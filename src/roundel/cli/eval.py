@@ -97,8 +97,10 @@ def eval_(
         numbers["perplexity"] = found.to_dict()
         write_json(json_file, numbers)
     if tasks is not None:
-        numbers["tasks"] = _tasks(models, tasks.split(","), include_path, eval_bs, backend, options)
+        numbers["tasks"], failed = _tasks(models, tasks.split(","), include_path, eval_bs, backend, options)
         write_json(json_file, numbers)
+        if failed:
+            raise SystemExit(1)
 
 
 def _tasks(
@@ -108,8 +110,8 @@ def _tasks(
     batch: int | None,
     runtime: str,
     options: dict[str, Any],
-) -> list[dict[str, object]]:
-    """Run and print tasks, on every model."""
+) -> tuple[list[dict[str, object]], bool]:
+    """Run and print tasks, on every model; what they gave, and whether one failed."""
     from roundel.cli.show import console
     from roundel.errors import RecipeError
     from roundel.evaluation.tasks import differences, run_tasks
@@ -140,7 +142,7 @@ def _tasks(
         for run in found:
             if run.failure is not None:
                 console.print(f"[red]failed[/] {escape(run.task)} on {escape(model)}: {escape(run.failure)}")
-    return [
+    told: list[dict[str, object]] = [
         {
             "model": model,
             "tasks": [run.to_dict() for run in found],
@@ -152,3 +154,4 @@ def _tasks(
         }
         for model, found in zip(models, runs, strict=True)
     ]
+    return told, any(run.failure is not None for found in runs for run in found)

@@ -54,14 +54,22 @@ def drawing_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def loaded(path: str, device: str, backend: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
     """The model and its tokenizer."""
+    import warnings
+
     from rich.console import Console
+    from rich.markup import escape
     from rich.status import Status
 
     from roundel.inference.loading import load
     from roundel.inference.text import tokenizer_for
 
-    with Status("loading", console=Console(stderr=True)):  # what is written goes to the output alone
-        model = load(path, device=device, backend=backend, trust_remote_code=trust_remote_code)
+    console = Console(stderr=True)  # what is written goes to the output alone
+    with Status("loading", console=console):
+        with warnings.catch_warnings(record=True) as notes:
+            model = load(path, device=device, backend=backend, trust_remote_code=trust_remote_code)
+        for note in notes:
+            if note.category is UserWarning:
+                console.print(f"[yellow]note[/] {escape(str(note.message))}")
         return model, tokenizer_for(path, model, trust_remote_code=trust_remote_code)
 
 

@@ -65,6 +65,7 @@ class Subject:
             device=device,
             trust_remote_code=trust_remote_code,
         )
+        self.skeleton.check_shapes(checkpoint.shape)
         self.head = f"{self.skeleton.tail.name}.weight"
         self.vocabulary = checkpoint.shape(self.head)[0]
         limit = text_config(source.config).get("max_position_embeddings")

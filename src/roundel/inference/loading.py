@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from roundel.calibration.architecture import empty_model, fill_buffers
+from roundel.calibration.architecture import empty_model, fill_buffers, misfit
 from roundel.calibration.experts import Projection, unfuse
 from roundel.calibration.spelling import spelling_of
 from roundel.checkpoint import Checkpoint, Matrix, open_checkpoint
@@ -204,7 +204,7 @@ class _Filling:
             )
         assert isinstance(module, (nn.Embedding, nn.Linear, Projection))
         if tuple(module.weight.shape) != matrix.shape:
-            raise _misfit(matrix.name, matrix.shape, module.weight.shape)
+            raise misfit(matrix.name, matrix.shape, module.weight.shape)
         if isinstance(module, nn.Embedding):
             kernel = Decoding(FORMATS[layer.stored.format], self._quantized(matrix))
             self.embedding = QuantEmbedding(module, kernel, kernel.rows, self.dtype)
@@ -241,14 +241,7 @@ class _Filling:
         place: Tensor | None = module._parameters.get(part)
         place = module._buffers.get(part) if place is None else place
         if place is not None and place.shape != value.shape:
-            raise _misfit(tensor, tuple(value.shape), place.shape)
-
-
-def _misfit(tensor: str, found: tuple[int, ...], wanted: torch.Size) -> SourceError:
-    return SourceError(
-        f"{tensor} is {list(found)}, and config.json describes a model in which it is {list(wanted)}. Fetch both again "
-        "from one place."
-    )
+            raise misfit(tensor, tuple(value.shape), place.shape)
 
 
 def device_named(device: str | torch.device) -> str:
