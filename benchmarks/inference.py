@@ -5,8 +5,9 @@
 The model is synthetic: the shape of Llama-3.2-1B (1.24 billion weights, the head tied), W4A16 symmetric in groups of
 128, once with the head kept in bfloat16 and once with it rounded too. Every row is a process of its own. Writing: a
 prompt of 16 tokens, then tokens one by one, the median time of one. Reading: 512 tokens at once, the better of two.
-bfloat16 is not run whole, for torch emulates it on processors that have no instructions for it: its row is the time of
-its matrix products alone, each shape measured, which no model of it can be faster than. The share of bandwidth is bytes
+The time to the first token is that of loading and the prompt; what importing transformers takes is not in it. bfloat16
+writes no text, for torch emulates it on processors that have no instructions for it: its row is the time of its matrix
+products alone, each shape measured, which no model of it can be faster than. The share of bandwidth is bytes
 of weights that a token reads over its time, against the best of torch's sums of 400 MB. llama.cpp needs `make peers`.
 On a card (--device cuda) products by single matrices are measured, which products.py does.
 --clock cpu counts processor time instead, for a machine that others use too: with --threads 1 it means the same.
@@ -72,6 +73,7 @@ def timed(model: torch.nn.Module, arguments: argparse.Namespace) -> dict[str, fl
 
 
 def ours(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    import_transformers()
     started = clock()
     model = roundel.load(folder)
     loading = clock() - started
@@ -83,9 +85,15 @@ def ours(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     return found | {"first": loading + found["first"], "read": read, "peak": peak}
 
 
+def import_transformers() -> None:
+    """What every start takes, whatever is loaded."""
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+
 def float32(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
+    import_transformers()
     started = clock()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     loading = clock() - started
@@ -94,8 +102,17 @@ def float32(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     return found | {"first": loading + found["first"], "read": read, "peak": peak_memory()}
 
 
-def bfloat16(arguments: argparse.Namespace) -> dict[str, float]:
-    """The matrix products of one token, each shape as often as the model has it."""
+def bfloat16(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    """Loading and the first token of the model; of another, its matrix products, each shape as often as there are."""
+    from transformers import AutoModelForCausalLM
+
+    import_transformers()
+    started = clock()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    with torch.inference_mode():
+        model(input_ids=torch.arange(16)[None], use_cache=True, logits_to_keep=1)
+    first, peak = clock() - started, peak_memory()
+    del model
     shapes = [shape for name, shape in SHAPES[arguments.shape].tensors() if len(shape) == 2]
     total, read = 0.0, 0
     for shape in sorted(set(shapes)):
@@ -108,7 +125,7 @@ def bfloat16(arguments: argparse.Namespace) -> dict[str, float]:
             times.append((clock() - started) / len(copies))
         total += min(times) * shapes.count(shape)
         read += 2 * shape[0] * shape[1] * shapes.count(shape)
-    return {"token": total, "best": total, "read": read}
+    return {"token": total, "best": total, "read": read, "first": first, "peak": peak}
 
 
 def llama_cpp(head: str, config: Path, arguments: argparse.Namespace) -> dict[str, float]:
@@ -141,7 +158,7 @@ def row(name: str, arguments: argparse.Namespace) -> dict[str, float]:
     if name == "float32":
         return float32(source, arguments)
     if name == "bfloat16":
-        return bfloat16(arguments)
+        return bfloat16(source, arguments)
     return llama_cpp("q4_0" if name.endswith("Q4_0") else "f16", source / "config.json", arguments)
 
 

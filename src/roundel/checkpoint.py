@@ -113,6 +113,22 @@ class Checkpoint:
             whole = whole.transpose(0, 1)
         return whole[piece.start : piece.stop : piece.step].contiguous()
 
+    def mapped(self, name: str) -> Tensor:
+        """`tensor`; where it lies whole in a file, as memory that is read when it is used, and is the file's until it
+        is written to."""
+        import torch
+
+        from roundel.tensor import torch_dtype
+
+        matrix = self.matrices.get(name.removesuffix(".weight"))
+        if matrix is not None and matrix.stored.format == "plain" and name.endswith(".weight"):
+            piece = matrix.stored.parts["weight"]
+            spec = self.source.tensors[piece.tensor]
+            if piece == Piece(tensor=piece.tensor) and spec.nbytes:
+                raw = torch.from_numpy(self.source.mapped(piece.tensor))
+                return raw.view(torch_dtype(spec.dtype)).reshape(spec.shape)
+        return self.tensor(name)
+
     def unpack(self, layer: Layer) -> QuantizedTensor:
         """A stored layer's codes and scales. Raises SourceError when its parts contradict each other."""
         assert self.reader is not None

@@ -202,3 +202,17 @@ def test_a_scale_that_is_not_finite(tmp_path: Path) -> None:
     plant(folder, "model.layers.1.mlp.up_proj.scales", 3, float("nan"), "float16")
     with pytest.raises(SourceError, match="up_proj: a stored scale is not finite"):
         roundel.load(folder)
+
+
+def test_kept_matrices_lie_in_their_file(tmp_path: Path) -> None:
+    folder = made("llama", tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    checkpoint = open_checkpoint(folder)
+    wanted = {name: checkpoint.tensor(name) for name in checkpoint.tensor_names}
+    found = {name: checkpoint.mapped(name) for name in checkpoint.tensor_names}
+    checkpoint.close()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    embedding = found["model.embed_tokens.weight"]
+    embedding.add_(1)  # which is nobody else's business
+    assert torch.equal(embedding, wanted["model.embed_tokens.weight"] + 1)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}

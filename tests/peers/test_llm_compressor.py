@@ -53,8 +53,8 @@ def test_nvfp4_is_no_worse_and_shares_the_same_floats(tmp_path: Path) -> None:
     shared = [name for name in ours if name.endswith(FLOAT)]
     assert shared
     assert shared == [name for name in theirs if name.endswith(FLOAT)]
-    for name in shared:  # theirs are computed in bfloat16
-        torch.testing.assert_close(ours[name], theirs[name], rtol=2**-8, atol=0)
+    for name in shared:  # theirs are computed in bfloat16, in a few steps
+        torch.testing.assert_close(ours[name], theirs[name], rtol=2**-7, atol=0)
     for one, other in pairwise(shared):
         assert torch.equal(ours[one], ours[other]) == torch.equal(theirs[one], theirs[other])
     own, other = errors(source, tmp_path / "ours"), errors(source, tmp_path / "theirs")

@@ -74,7 +74,7 @@ class StoredLinear(nn.Module):
         """x [..., in] -> [..., out], in x's dtype."""
         flat = x.detach().reshape(-1, self.in_features)
         if len(flat) <= FEW and flat.dtype == torch.float32 and flat.device.type == "cpu":
-            from roundel.inference.numba.product import multiply_floats
+            from roundel.inference.numba.few import multiply_floats
 
             y = multiply_floats(self.weight.detach(), flat)
         else:

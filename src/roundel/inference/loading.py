@@ -25,6 +25,7 @@ from roundel.errors import BackendError, PlanError, RecipeError, SourceError
 from roundel.families import text_config
 from roundel.formats import FORMATS
 from roundel.inference.backends import Backend, better_but_absent, choose
+from roundel.inference.backends.numba import Numba
 from roundel.inference.backends.torch import Decoding, Torch
 from roundel.inference.linear import QuantEmbedding, QuantLinear, StoredEmbedding, StoredLinear
 from roundel.inference.room import check_room
@@ -111,6 +112,16 @@ def fill(
     for name, tensor in spelling.tensors.items():
         filling.put(name, tensor)
     filling.tie()
+    if device == "cpu" and not any(_multiplied_by_torch(module) for module in model.modules()):
+        from roundel.inference.numba.team import spare_processors
+
+        spare_processors(model)
+
+
+def _multiplied_by_torch(module: nn.Module) -> bool:
+    if isinstance(module, QuantLinear):
+        return module.backend != Numba.name
+    return isinstance(module, (nn.Linear, Projection))
 
 
 class _Filling:
@@ -139,7 +150,7 @@ class _Filling:
         if stored_part == "weight" and matrix is not None and matrix.stored.format != "plain":
             self._put_layer(path, part, matrix)
             return
-        module, value = self.model.get_submodule(path), self.checkpoint.tensor(tensor)
+        module, value = self.model.get_submodule(path), self.checkpoint.mapped(tensor)
         self._check_shape(name, tensor, module, part, value)
         if part == "weight" and self._stays(module, value):
             parameter = nn.Parameter(value.to(self.device), requires_grad=False)

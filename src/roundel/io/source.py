@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import threading
 from collections.abc import Iterable, Mapping
@@ -204,6 +205,14 @@ class Source:
         """(open file descriptor, first byte) of a whole tensor, for copying it file to file."""
         shard, place = self._places[name]
         return self._descriptor(shard), place.begin
+
+    def mapped(self, name: str) -> np.ndarray:
+        """The bytes of a whole tensor as memory that is read from its file when it is used."""
+        descriptor, begin = self.place(name)
+        before = begin % mmap.ALLOCATIONGRANULARITY
+        size = self.tensors[name].nbytes
+        memory = mmap.mmap(descriptor, before + size, access=mmap.ACCESS_COPY, offset=begin - before)
+        return np.frombuffer(memory, np.uint8, size, before)
 
     def drop(self, shards: Iterable[str]) -> None:
         """These shards are not needed again."""

@@ -83,7 +83,7 @@ class Packed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [tokens, in] -> [tokens, out]"""
-        entering = x.detach().float()
+        entering = x if x.dtype == torch.float32 and not x.requires_grad else x.detach().float()
         if self.order is not None:
             entering = entering[:, self.get_buffer("order")]
         if self._packed is None:
