@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from roundel.errors import RecipeError
+from roundel.recipe import Recipe
 from roundel.scheme import ELEMENTS, MIXES, PRESETS, Grid, Scheme, integer_scheme
 
 
@@ -92,3 +93,9 @@ def test_mixes_name_presets() -> None:
     for mix in MIXES.values():
         assert mix.experts in PRESETS
         assert mix.others in PRESETS
+
+
+def test_options_from_a_command_line_are_those_given_from_python() -> None:
+    texts, values = {"gptq.damping": "1", "awq.clip": "false"}, {"gptq.damping": 1.0, "awq.clip": False}
+    typed = Recipe(algorithm="awq,gptq", options=texts)
+    assert typed == Recipe(algorithm="awq,gptq", options=values) and typed.options == values

@@ -6,6 +6,7 @@ import json
 import shlex
 
 from roundel import __version__
+from roundel.chain import Value, known_options
 from roundel.planning import Plan
 from roundel.recipe import Recipe
 
@@ -45,8 +46,7 @@ def command_of(recipe: Recipe, model: str, out: str = "OUT", revision: str | Non
         words.append("--sym" if recipe.sym else "--asym")
     words += ["--algorithm", recipe.algorithm, "--format", ",".join(recipe.formats)]
     for key, value in recipe.options.items():
-        flag = key.rpartition(".")[2].replace("_", "-")
-        words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+        words += _option(key.rpartition(".")[2], value)
     if recipe.reads_activations:
         words += ["--dataset", recipe.dataset]
         for name in ("nsamples", "seqlen", "batch_size", "seed", "activation_dtype"):
@@ -60,6 +60,8 @@ def command_of(recipe: Recipe, model: str, out: str = "OUT", revision: str | Non
         words += ["--ignore-layers", ",".join(recipe.ignore_layers)]
     if recipe.quant_lm_head:
         words.append("--quant-lm-head")
+    if recipe.kv_cache is not None:
+        words += ["--kv-cache", recipe.kv_cache]
     if recipe.shard_size != default.shard_size:
         words += ["--shard-size", str(recipe.shard_size)]
     if recipe.strict:
@@ -67,6 +69,16 @@ def command_of(recipe: Recipe, model: str, out: str = "OUT", revision: str | Non
     if revision is not None:
         words += ["--revision", revision]
     return shlex.join(words)
+
+
+def _option(name: str, value: Value) -> list[str]:
+    """A hyperparameter, as the command line takes it: a switch, or a value that may be true or false."""
+    flag = name.replace("_", "-")
+    if value is True:
+        return [f"--{flag}"]
+    if value is False:
+        return [f"--no-{flag}"] if known_options()[name].kinds == {"bool"} else [f"--{flag}", "false"]
+    return [f"--{flag}", str(value)]
 
 
 def model_card(plan: Plan, output: int) -> str:

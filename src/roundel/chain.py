@@ -6,7 +6,7 @@ An option is a field of one of the dataclasses: `iters`, or `signround.iters` wh
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from typing import TypeVar
@@ -67,6 +67,15 @@ class Chain:
     @property
     def reads_float_stream(self) -> bool:
         return any(step.reads_float_stream for step in self.steps)
+
+    def typed(self, options: Iterable[str]) -> dict[str, Value]:
+        """Options that the chain was made with -> their values as the steps have them: 50, where "50" was given."""
+        found: dict[str, Value] = {}
+        for key in options:
+            owner, _, field = key.rpartition(".")
+            having = (step for step in self.steps if owner in ("", step.name) and hasattr(step, field))
+            found[key] = getattr(next(having), field)
+        return found
 
 
 @cache

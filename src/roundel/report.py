@@ -112,13 +112,7 @@ def converted_row(layer: Layer, rounded: Rounded | None, errors: Errors) -> Row:
 def decoded_row(layer: Layer, errors: Errors) -> Row:
     """The row of a quantized matrix that stays in full precision in a conversion."""
     note = f"became {layer.dtype}: signal to noise {errors.sqnr:.1f} dB" if errors.noise else None
-    return replace(
-        converted_row(layer, None, errors),
-        kind="decode",
-        scheme=None,
-        sqnr=None,
-        note=note,
-    )
+    return replace(converted_row(layer, None, errors), kind="decode", scheme=None, sqnr=None, note=note)
 
 
 class Progress(Protocol):

@@ -6,18 +6,22 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
 import roundel
 from commands import command
+from roundel.card import command_of
 from roundel.cli.main import cli
+from roundel.cli.options import recipe_from
 from roundel.committer import FLUSH_BYTES
 from roundel.data.bundled import bundled_model
 from roundel.errors import QuantizationError
 from roundel.families import known_types
 from roundel.formats import reader_of
+from roundel.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 HELP = sorted((ROOT / "src" / "roundel" / "cli").glob("*.py"))
@@ -85,6 +89,38 @@ def test_sources_md_names_every_family() -> None:
 
 def test_resume_md_says_how_often_is_flushed() -> None:
     assert f"at least every {FLUSH_BYTES >> 20} MiB" in page("docs/resume.md")
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        {},
+        {"bits": 3, "group_size": 64, "sym": False, "quant_lm_head": True, "ignore_layers": ("layers.0",)},
+        {"scheme": "W4A16_MIXED", "formats": ("auto_round", "auto_gptq"), "shard_size": "1GB", "strict": True},
+        {"layer_config": {"k_proj": {"bits": 8}, "layers.0": "W8A16"}},
+        {
+            "scheme": "FP8_STATIC",
+            "formats": ("llm_compressor",),
+            "kv_cache": "fp8",
+            "dataset": "a b.txt",
+            "nsamples": 4,
+        },
+        {"algorithm": "awq,gptq", "options": {"duo_scaling": False, "act_order": True, "true_sequential": False}},
+        {"algorithm": "awq", "options": {"duo_scaling": "both", "n_grid": 7}, "seqlen": 64, "batch_size": 2, "seed": 1},
+        {"algorithm": "opt-rtn", "options": {"imatrix": True, "unbiased": True}, "activation_dtype": "bfloat16"},
+        {"algorithm": "opt-rtn", "options": {"imatrix": "some where.gguf"}},
+        {"algorithm": "signround", "options": {"lr": 0.005, "iters": 50}, "calibrate_all_experts": True},
+    ],
+    ids=str,
+)
+def test_the_command_on_the_card_makes_the_same_recipe(wishes: dict[str, Any]) -> None:
+    recipe = Recipe(**wishes)
+    name, *words = shlex.split(command_of(recipe, "MODEL", revision="main"))[1:]
+    known = cli.get_command(click.Context(cli), name)
+    assert known is not None
+    given = known.make_context(name, words).params
+    assert (given["model"], str(given["out"]), given["revision"]) == ("MODEL", "OUT", "main")
+    assert recipe_from(given).to_dict() == recipe.to_dict()
 
 
 def page(name: str) -> str:

@@ -154,12 +154,10 @@ def measure(
         scratch = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="roundel-eval-")))
         subjects: list[Subject] = []
         for number, (model, name) in enumerate(zip(models, names or _names(models), strict=True)):
-            subjects.append(
-                open_subject(
-                    model, scratch / f"hub-{number}", name=name, device=device, trust_remote_code=trust_remote_code
-                )
-            )
-            held.callback(subjects[-1].close)
+            work = scratch / f"hub-{number}"
+            subject = open_subject(model, work, name=name, device=device, trust_remote_code=trust_remote_code)
+            held.callback(subject.close)
+            subjects.append(subject)
         passage = read_passage(
             dataset,
             tokenizer or subjects[0].folder,
@@ -172,19 +170,15 @@ def measure(
         in_memory = frontiers_in_memory(subjects, passage, offload, scratch)
         windows = len(passage.windows)
         ticker = _Ticker(tick, sum(subject.weights for subject in subjects) * windows)
-        states: list[Frontier] = []
-        seconds, peaks = [], []
-        for subject in subjects:
+        runs: list[_Run] = []
+        for number, subject in enumerate(subjects):
             shape = (windows, passage.length, subject.skeleton.hidden)
-            states.append(Frontier(scratch / f"{len(states)}.states", shape, torch.float32, in_memory=in_memory))
-            held.callback(states[-1].close)
-            forgotten, started = _forget_peak(device), time.perf_counter()
-            through_blocks(subject, passage, states[-1], ticker.add)
-            seconds.append(time.perf_counter() - started)
-            others = sum(frontier.nbytes for frontier in states[:-1]) if in_memory else 0
-            peaks.append((peak_memory() - others if device == "cpu" else _device_peak(device)) if forgotten else None)
+            states = Frontier(scratch / f"{number}.states", shape, torch.float32, in_memory=in_memory)
+            held.callback(states.close)
+            others = sum(run.states.nbytes for run in runs) if in_memory else 0
+            runs.append(_run(subject, passage, states, ticker, others))
         started = time.perf_counter()
-        verdicts = list(judged(subjects, passage, states, ticker.add))
+        verdicts = list(judged(subjects, passage, [run.states for run in runs], ticker.add))
         each = (time.perf_counter() - started) / len(subjects)
         if positions is not None:
             write_positions(positions, passage, verdicts, [subject.name for subject in subjects])
@@ -194,14 +188,35 @@ def measure(
             length=passage.length,
             scored=passage.scored,
             models=tuple(
-                _measured(subject, passage, verdicts, number, passage.windows.numel() / (spent + each), peak)
-                for number, (subject, spent, peak) in enumerate(zip(subjects, seconds, peaks, strict=True))
+                _measured(subject, passage, verdicts, number, passage.windows.numel() / (run.seconds + each), run.peak)
+                for number, (subject, run) in enumerate(zip(subjects, runs, strict=True))
             ),
             notes=passage.notes,
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What left a model's last block, the seconds that took, and the peak as `Measured` has it."""
+
+    states: Frontier
+    seconds: float
+    peak: int | None
+
+
+def _run(subject: Subject, passage: Passage, states: Frontier, ticker: _Ticker, others: int) -> _Run:
+    """The blocks of one model, over all windows. others: bytes of memory that other models' states take."""
+    device = subject.device
+    forgotten, started = _forget_peak(device), time.perf_counter()
+    through_blocks(subject, passage, states, ticker.add)
+    seconds, peak = time.perf_counter() - started, None
+    if forgotten:
+        peak = peak_memory() - others if device == "cpu" else _device_peak(device)
+    return _Run(states=states, seconds=seconds, peak=peak)
+
+
 def _forget_peak(device: str) -> bool:
+    """Have the peak count from now on; False where the system cannot."""
     if device == "cpu":
         return forget_peak()
     torch.cuda.reset_peak_memory_stats(device)

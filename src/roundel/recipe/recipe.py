@@ -95,6 +95,7 @@ class Recipe:
         if self.converts_as_stored:
             return
         self._check_calibration()
+        object.__setattr__(self, "options", self.chain.typed(self.options))
         self.default_for("linear")
         for pattern, value in self.layer_config.items():
             compiled(pattern)
