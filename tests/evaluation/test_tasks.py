@@ -91,7 +91,7 @@ def test_tasks_beside_the_source(tasks: Path, tmp_path: Path) -> None:
     quantize(bundled_model(), tmp_path / "w2", bits=2, group_size=64)
     wish = ("--tasks", "own_choices,own_broken,own_texts", "--include-path", tasks, "--limit", 12, "--eval-bs", 4)
     done = evaluated(tmp_path, tmp_path / "w2", "--kl-against", bundled_model(), *wish, "--json", tmp_path / "n.json")
-    assert done.code == 0, done.error
+    assert done.code == 1, done.error
     assert "failed own_broken" in done.output
     before, after = json.loads((tmp_path / "n.json").read_text())["tasks"]
     assert [run["task"] for run in after["tasks"]] == ["own_choices", "own_broken", "own_texts"]
