@@ -6,6 +6,7 @@ split, and each matrix learns whether it is a linear layer or why it is not.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from roundel.formats import Format, reader_of
 from roundel.formats.gguf.source import find_gguf, open_gguf
 from roundel.io.source import Source, open_source
 from roundel.scheme import PRESETS, Scheme
-from roundel.tensor import FLOAT_DTYPES, TensorSpec
+from roundel.tensor import FLOAT_DTYPES, ITEMSIZE, TensorSpec
 from roundel.unit import Layer, Piece, Stored
 
 if TYPE_CHECKING:
@@ -112,6 +113,19 @@ class Checkpoint:
         if piece.transposed:
             whole = whole.transpose(0, 1)
         return whole[piece.start : piece.stop : piece.step].contiguous()
+
+    def read_slab(self, piece: Piece, start: int, stop: int) -> Tensor:
+        """Rows of a piece `in_rows`."""
+        import numpy as np
+        import torch
+
+        from roundel.tensor import torch_dtype
+
+        spec = self.source.tensors[piece.tensor]
+        shape = (stop - start, *piece.shape(spec)[1:])
+        raw = np.empty(math.prod(shape) * ITEMSIZE[spec.dtype], np.uint8)
+        self.source.read_rows(piece, start, raw)
+        return torch.from_numpy(raw).view(torch_dtype(spec.dtype)).reshape(shape)
 
     def unpack(self, layer: Layer) -> QuantizedTensor:
         """A stored layer's codes and scales. Raises SourceError when its parts contradict each other."""

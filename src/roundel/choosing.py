@@ -64,6 +64,8 @@ def choose_conversions(
 
     Without one a layer is a problem or, where the recipe allows that, rounded anew.
     """
+    if format.floats is not None:
+        return {name: Choice(scheme=None, origin=f"format {format.name}") for name in matrices}
     rounds = recipe.conversion == "requantize"
     algorithm = recipe.chain.algorithm
     decided = format.schemes() or {}

@@ -15,7 +15,7 @@ from roundel.formats import Format
 from roundel.holding import as_fitted
 from roundel.matrices import finite
 from roundel.regrid import regrid
-from roundel.tensor import QuantizedTensor, torch_dtype
+from roundel.tensor import QuantizedTensor, TensorSpec, torch_dtype
 from roundel.unit import Layer, Unit
 
 if TYPE_CHECKING:
@@ -73,9 +73,9 @@ def _moved(
     return moved, f"weight [{row}, {column}] is {old:.9g}, and readers of {format.name} would compute {new:.9g}"
 
 
-def inexact(layer: Layer, reason: str, format: Format) -> ConversionError:
-    """The error of a layer whose numbers a format does not hold."""
+def inexact(tensor: Layer | TensorSpec, reason: str, format: Format) -> ConversionError:
+    """The error of a layer, or of another tensor, whose numbers a format does not hold."""
     return ConversionError(
-        f"{layer.name} {list(layer.shape)} does not go into {format.name} as it is: {reason}. Choose another format, "
+        f"{tensor.name} {list(tensor.shape)} does not go into {format.name} as it is: {reason}. Choose another format, "
         "or pass --requantize to round what it decodes to anew."
     )

@@ -23,7 +23,7 @@ from roundel.ops.orders import AWQ_ORDER
 from roundel.tensor import ITEMSIZE
 from roundel.unit import Layer
 
-__all__ = ["Errors", "fuses", "not_finite", "round_and_pack", "slab_rows"]
+__all__ = ["SLAB_BYTES", "Errors", "fuses", "not_finite", "round_and_pack", "slab_rows"]
 
 SLAB_BYTES = 2 << 20  # of stored weights: small enough for the cache that two cores share
 ROW_STEP = 128  # rows of a slab are a multiple of it, so that packed words and cache lines are whole
@@ -55,6 +55,10 @@ class Errors:
 
     signal: float
     noise: float
+
+    def plus(self, other: Errors) -> Errors:
+        """Of the weights of both."""
+        return Errors(self.signal + other.signal, self.noise + other.noise)
 
     @property
     def sqnr(self) -> float:

@@ -22,13 +22,13 @@ from roundel.errors import PlanError
 from roundel.families import attention_of, text_config
 from roundel.formats import Contents, Format, Model, format_named
 from roundel.formats.format import CACHE_PARTS
-from roundel.fusion import fuses, slab_rows
+from roundel.fusion import SLAB_BYTES, fuses, slab_rows
 from roundel.importance import Importances, open_importances
 from roundel.io.safetensors import ShardLayout, stacked
 from roundel.matrices import sharing
 from roundel.notes import notes_of
 from roundel.recipe import Choice, Recipe, parse_size
-from roundel.scheme import Scheme
+from roundel.scheme import PRESETS, Scheme
 from roundel.tensor import ITEMSIZE, TensorSpec
 from roundel.unit import Layer, Piece
 
@@ -153,13 +153,16 @@ class Plan:
         }
 
     @property
-    def default(self) -> Scheme:
-        return _most_common(self.layers)
-
-    @property
     def parameters(self) -> int:
         """Weights in the layers that are rounded."""
         return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def extent(self) -> str:
+        """What is rounded, and how wide it is stored, in words."""
+        if not self.layers:
+            return "no layer is rounded"
+        return f"{len(self.layers)} layers at {self.bits_per_weight:.3f} bits per weight"
 
     @property
     def bits_per_weight(self) -> float:
@@ -194,6 +197,7 @@ class Plan:
         return found
 
 
+COPY_FACTOR = 8  # of a slab of what is copied in another dtype: stored, in float32, and what it becomes
 COPY_BYTES = 8 << 20  # a copy goes from file to file, at most through a buffer of this size
 BASE_PLAIN = 141 << 20  # interpreter, numpy, numba, rich: measured
 BASE_WITH_TORCH = 330 << 20  # the same with torch: measured
@@ -232,7 +236,9 @@ def _working_bytes(work: Work, formats: Sequence[Format], fused: bool, plain: bo
     if work.kind == "unit":
         return 0
     if work.layer is None:
-        return sum(2 * c.spec.nbytes for c in work.copies)
+        return max(
+            COPY_FACTOR * min(c.spec.nbytes, SLAB_BYTES if c.piece.in_rows else c.spec.nbytes) for c in work.copies
+        )
     layer = work.layer
     packed = sum(s.nbytes for f in formats for s in f.outputs(layer)) if work.kind == "round" else layer.parameters * 2
     if fused:
@@ -278,8 +284,11 @@ def build_plan(
         importance=bool(getattr(recipe.chain.algorithm, "imatrix", None)),
     )
     formats = [format.for_model(model) for format in named]
+    _check_deciding(formats, recipe)
+    floats = formats[0].floats
     if recipe.conversion is not None:
-        _check_quantized(checkpoint)
+        if floats is None:
+            _check_quantized(checkpoint)
         embedding = checkpoint.family.embedding.removesuffix(".weight")
         choices = choose_conversions(matrices, recipe, embedding, problems, formats[0])
     else:
@@ -287,7 +296,7 @@ def build_plan(
     for name, reason in demoted.items():
         choices[name] = Choice(scheme=None, origin=reason)
     layers = layers_of(matrices, choices, formats, recipe, problems)
-    if not layers and not problems:
+    if not layers and not problems and floats is None:
         problems.append(
             f"No layer of {checkpoint.source.name} would be rounded: every matrix is kept "
             f"({'; '.join(dict.fromkeys(c.origin for c in choices.values()))}). Change what is ignored or kept."
@@ -295,16 +304,18 @@ def build_plan(
     settled = settle(formats, layers, problems)
     if problems:
         raise PlanError(problems)
-    works = _works(checkpoint, matrices, {layer.name: layer for layer in layers})
+    splits = any(format.splits for format in settled)
+    works = _works(checkpoint, matrices, {layer.name: layer for layer in layers}, splits)
     if recipe.reads_activations:
         works = _units(works, checkpoint, recipe.chain.blocks_at_a_time)
         _check_measured(works)
     if recipe.kv_cache is not None:
         works = _with_caches(works, settled)
     _check_stacks(layers, choices, settled)
-    _check_names(works, settled, checkpoint.source.name)
+    order = {name: i for i, name in enumerate(checkpoint.source.tensors)}
+    _check_names(works, settled, order, checkpoint.source.name)
     kept = tuple(
-        Kept(name=m.name, shape=m.shape, dtype=m.dtype, reason=choices[m.name].origin)
+        Kept(name=m.name, shape=m.shape, dtype=_kept_dtype(m, settled[0]), reason=choices[m.name].origin)
         for m in matrices.values()
         if choices[m.name].scheme is None
     )
@@ -321,7 +332,7 @@ def build_plan(
         Output(
             format=f,
             config=f.config(contents),
-            shards=f.lay_out(_specs(works, f), layers, parse_size(recipe.shard_size), _stacks(layers, f)),
+            shards=f.lay_out(_specs(works, f, order), layers, parse_size(recipe.shard_size), _stacks(layers, f)),
         )
         for f in settled
     )
@@ -357,9 +368,28 @@ def _check_quantized(checkpoint: Checkpoint) -> None:
         )
 
 
-def _works(checkpoint: Checkpoint, matrices: Mapping[str, Matrix], layers: Mapping[str, Layer]) -> tuple[Work, ...]:
+def _check_deciding(formats: Sequence[Format], recipe: Recipe) -> None:
+    """A format that decides on schemes itself has no other beside it, and one of floats has nothing to be chosen."""
+    deciding = [f.name for f in formats if f.schemes() is not None]
+    if deciding and len(formats) > 1:
+        others = ", ".join(f.name for f in formats if f.name != deciding[0])
+        raise PlanError(
+            f"{deciding[0]} decides how every tensor is stored, and {others} cannot share that. Write it alone."
+        )
+    if formats[0].floats is not None and recipe.algorithm != Recipe.algorithm and not recipe.layer_config:
+        raise PlanError(
+            f"{formats[0].name} rounds nothing to codes, so {recipe.algorithm} has nothing to choose. Drop --algorithm."
+        )
+
+
+def _works(
+    checkpoint: Checkpoint, matrices: Mapping[str, Matrix], layers: Mapping[str, Layer], splits: bool
+) -> tuple[Work, ...]:
     """Every tensor of the source exactly once (a tied head reads the embedding's twice), in the order they lie in the
-    files."""
+    files.
+
+    splits   whether fused tensors are taken apart although no part of them is rounded
+    """
     source = checkpoint.source
     split = {p.tensor for m in matrices.values() if m.name in layers and m.is_split for p in m.stored.parts.values()}
     works: list[Work] = []
@@ -367,7 +397,8 @@ def _works(checkpoint: Checkpoint, matrices: Mapping[str, Matrix], layers: Mappi
     for matrix in matrices.values():
         layer = layers.get(matrix.name)
         tensors = [p.tensor for p in matrix.stored.parts.values()]
-        if layer is None and matrix.is_split and not split.intersection(tensors) and matrix.stored.format == "plain":
+        fused = matrix.is_split and not splits and not split.intersection(tensors)
+        if layer is None and fused and matrix.stored.format == "plain":
             whole.update(dict.fromkeys(tensors + ([matrix.bias[1].tensor] if matrix.bias else [])))
             continue
         copies = (_copy(source.tensors, *matrix.bias),) if matrix.bias else ()
@@ -500,10 +531,10 @@ def _check_stacks(layers: Sequence[Layer], choices: Mapping[str, Choice], format
         raise PlanError(problems)
 
 
-def _check_names(works: Sequence[Work], formats: Sequence[Format], source: str) -> None:
+def _check_names(works: Sequence[Work], formats: Sequence[Format], order: Mapping[str, int], source: str) -> None:
     """A file holds a name once, and a journal too."""
     layers = [layer for work in works for layer in work.rounded]
-    files = [stacked(_specs(works, f), _stacks(layers, f)) for f in formats]
+    files = [stacked(_specs(works, f, order), _stacks(layers, f)) for f in formats]
     for names in ([w.name for w in works], *([s.name for s in specs] for specs in files)):
         if len(set(names)) < len(names):
             double = Counter(names).most_common(1)[0][0]
@@ -536,18 +567,32 @@ def _tensors(work: Work) -> list[str]:
     return [p.tensor for layer in layers for p in layer.stored.parts.values()] + [c.piece.tensor for c in work.copies]
 
 
-def _specs(works: Sequence[Work], format: Format) -> list[TensorSpec]:
-    specs: list[TensorSpec] = []
+def _specs(works: Sequence[Work], format: Format, order: Mapping[str, int]) -> list[TensorSpec]:
+    """Every tensor of a format's files, by its name in the plan. order: of the source's tensors."""
+    placed: list[tuple[int, TensorSpec]] = []
     for work in works:
+        first = min(order[tensor] for tensor in _tensors(work))
         for layer in work.rounded:
-            specs += [TensorSpec(f"{layer.name}.{s.name}", s.dtype, s.shape) for s in format.outputs(layer)]
-        specs += [TensorSpec(f"{module}.{part}", "F32", (1,)) for module in work.caches for part in CACHE_PARTS]
+            at = min(order[piece.tensor] for piece in layer.stored.parts.values())
+            parts = format.outputs(layer)
+            placed += [(at, TensorSpec(f"{layer.name}.{s.name}", s.dtype, s.shape)) for s in parts]
+        placed += [
+            (first, TensorSpec(f"{module}.{part}", "F32", (1,))) for module in work.caches for part in CACHE_PARTS
+        ]
         decoded = work.decodes if work.layer is None or work.kind == "round" else (work.layer,)
-        stay = [TensorSpec(layer.tensor, layer.dtype, layer.shape) for layer in decoded]
-        kept = (format.kept(spec) for spec in (*stay, *(c.spec for c in work.copies)))
-        specs += [spec for spec in kept if spec is not None]
-    extras = format.extras().items()
-    return specs + [TensorSpec(name, "F32", tuple(tensor.shape)) for name, tensor in extras]
+        stay = [(first, TensorSpec(layer.tensor, layer.dtype, layer.shape)) for layer in decoded]
+        stay += [(order[copy.piece.tensor], copy.spec) for copy in work.copies]
+        placed += [(at, kept) for at, spec in stay if (kept := format.kept(spec)) is not None]
+    if format.in_order:
+        placed.sort(key=lambda found: found[0])  # stable
+    extras = [TensorSpec(name, "F32", tuple(tensor.shape)) for name, tensor in format.extras().items()]
+    return extras + [spec for _, spec in placed]
+
+
+def _kept_dtype(matrix: Matrix, format: Format) -> str:
+    """As a matrix that stays is written; as it is read, where it is left out."""
+    stored = format.kept(TensorSpec(f"{matrix.name}.weight", matrix.dtype, matrix.shape))
+    return matrix.dtype if stored is None else stored.dtype
 
 
 def _blocks(checkpoint: Checkpoint, layers: Sequence[Layer]) -> list[str]:
@@ -557,4 +602,7 @@ def _blocks(checkpoint: Checkpoint, layers: Sequence[Layer]) -> list[str]:
 
 
 def _most_common(layers: Sequence[Layer]) -> Scheme:
+    """Of no layers a nominal one, which nobody looks at."""
+    if not layers:
+        return PRESETS["W8A16"]
     return Counter(layer.scheme for layer in layers).most_common(1)[0][0]

@@ -101,6 +101,9 @@ class Format(Protocol):
     caches: ClassVar[bool] = False  # whether CACHE_PARTS of attention modules have a place
     embeds: ClassVar[bool] = False  # whether readers take an embedding that is rounded
     keeps_codes: ClassVar[bool] = True  # whether what is stored are codes, not floats that are rounded once more
+    floats: ClassVar[str | None] = None  # the dtype of all weights, of a format that has no codes at all
+    in_order: ClassVar[bool] = False  # whether the file has all tensors in the source's order, biases among them
+    splits: ClassVar[bool] = False  # whether experts that the source has in one tensor are taken apart in any case
 
     def for_model(self, model: Model) -> Format:
         """The format for this model. Raises PlanError where it has no place for it."""
@@ -141,8 +144,12 @@ class Format(Protocol):
         return spec
 
     def keep(self, name: str, tensor: Tensor) -> Tensor:
-        """The values of a tensor that stays, as they are stored; `kept` says of which dtype."""
+        """The values of a tensor that stays, or of some of its rows, as they are stored; `kept` says of which dtype."""
         return tensor
+
+    def rows_together(self, tensor: str) -> int:
+        """Rows of a tensor that go together: `keep` takes any number of such runs at a time, in order."""
+        return 1
 
     def name_of(self, tensor: str, config: Mapping[str, object]) -> str | None:
         """What a checkpoint of this format, when it is read, calls a tensor of the model it was made from, whose
