@@ -10,12 +10,13 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from roundel import __version__
+from roundel.cached import carried_cache
 from roundel.checkpoint import Checkpoint, Matrix
 from roundel.choosing import choose, choose_conversions, head_asked, layers_of, settle
 from roundel.errors import PlanError
@@ -305,7 +306,8 @@ def build_plan(
     if problems:
         raise PlanError(problems)
     splits = any(format.splits for format in settled)
-    works = _works(checkpoint, matrices, {layer.name: layer for layer in layers}, splits)
+    cache = carried_cache(checkpoint, settled, recipe.kv_cache)
+    works = _works(checkpoint, matrices, {layer.name: layer for layer in layers}, splits, cache.left)
     if recipe.reads_activations:
         works = _units(works, checkpoint, recipe.chain.blocks_at_a_time)
         _check_measured(works)
@@ -326,7 +328,7 @@ def build_plan(
         blocks=_blocks(checkpoint, layers),
         head=checkpoint.family.head,
         embedding=checkpoint.family.embedding.removesuffix(".weight"),
-        kv_cache=recipe.kv_cache,
+        kv_cache=recipe.kv_cache or cache.scheme,
     )
     outputs = tuple(
         Output(
@@ -355,6 +357,7 @@ def build_plan(
         notes=(
             *(seen[1] if seen else ()),
             *notes_of(checkpoint, layers, matrices, demoted, untied),
+            *cache.notes,
             *(caveat for format in settled for caveat in format.caveats(contents)),
         ),
     )
@@ -383,12 +386,17 @@ def _check_deciding(formats: Sequence[Format], recipe: Recipe) -> None:
 
 
 def _works(
-    checkpoint: Checkpoint, matrices: Mapping[str, Matrix], layers: Mapping[str, Layer], splits: bool
+    checkpoint: Checkpoint,
+    matrices: Mapping[str, Matrix],
+    layers: Mapping[str, Layer],
+    splits: bool,
+    left: Collection[str],
 ) -> tuple[Work, ...]:
     """Every tensor of the source exactly once (a tied head reads the embedding's twice), in the order they lie in the
     files.
 
     splits   whether fused tensors are taken apart although no part of them is rounded
+    left     loose tensors that are not written
     """
     source = checkpoint.source
     split = {p.tensor for m in matrices.values() if m.name in layers and m.is_split for p in m.stored.parts.values()}
@@ -409,7 +417,7 @@ def _works(
         else:
             weight = _copy(source.tensors, matrix.name + ".weight", matrix.stored.parts["weight"])
             works.append(_work(checkpoint, matrix.name + ".weight", "copy", None, (weight, *copies)))
-    for name in (*whole, *checkpoint.loose):
+    for name in (*whole, *(name for name in checkpoint.loose if name not in left)):
         works.append(_work(checkpoint, name, "copy", None, (_copy(source.tensors, name, Piece(tensor=name)),)))
     order = {name: i for i, name in enumerate(source.tensors)}
     return tuple(sorted(works, key=lambda w: min(order[t] for t in _tensors(w))))

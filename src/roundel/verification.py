@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from roundel.cached import cache_tensors
 from roundel.checkpoint import Checkpoint, Matrix, open_checkpoint
 from roundel.errors import SourceError
 from roundel.matrices import errors_of
@@ -235,6 +236,8 @@ class _Origin:
         weights = {ours(f"{name}.weight"): name for name in source.matrices}
         self.matrices = {w.removesuffix(".weight"): name for w, name in weights.items() if w is not None}
         held = {p.tensor for m in source.matrices.values() for p in m.stored.parts.values()} | set(source.dropped)
+        if reader is None or reader.cached() is None:
+            held |= set(cache_tensors(source))
         held |= {m.bias[1].tensor for m in source.matrices.values() if m.bias is not None}
         self.others = [name for name, theirs in self.tensors.items() if theirs not in held]
 

@@ -205,6 +205,11 @@ class Format(Protocol):
         """Whether these tensors are one layer of this format. Raises SourceError when one of them is missing."""
         ...
 
+    def cached(self) -> str | None:
+        """How the checkpoint that is read has keys and values rounded in the cache: "fp8" by one stored scale each, or
+        other words; None: not at all."""
+        return None
+
     def stack(self, module: str) -> tuple[str, int] | None:
         """For a format that has all experts of a block in one tensor [experts, ...]: the name of the module that holds
         them, and this expert's index there. None for a module that stands by itself."""
