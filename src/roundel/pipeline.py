@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from roundel.algorithms import Algorithm, Rounded, Rtn
 from roundel.calibrated import Calibration, Units
 from roundel.checkpoint import Checkpoint
-from roundel.converting import convert_layer, inexact
+from roundel.converting import Beside, convert_layer, inexact
 from roundel.errors import NumericsError
 from roundel.fusion import Errors, fuses, round_and_pack
 from roundel.interruption import Interruption
@@ -273,7 +273,7 @@ class _Loop:
             row = self._decode(layer, nbytes)
             return replace(row, kind=work.kind, nbytes=tuple(nbytes))
         if self.plan.recipe.conversion is not None and layer.stored.scheme is not None:
-            row = self._convert(layer, nbytes)
+            row = self._convert(layer, work.beside, nbytes)
             return replace(row, kind=work.kind, nbytes=tuple(nbytes))
         if fuses(layer, formats, self.algorithm, self.device):
             piece, source = layer.stored.parts["weight"], self.checkpoint.source
@@ -302,7 +302,7 @@ class _Loop:
             raise inexact(layer, f"it becomes {dtype}, which does not hold its numbers", format)
         return decoded_row(layer, dtype, errors) if format.keeps_codes else converted_row(layer, None, errors)
 
-    def _convert(self, layer: Layer, nbytes: list[int]) -> Row:
+    def _convert(self, layer: Layer, beside: Sequence[Layer], nbytes: list[int]) -> Row:
         """A quantized layer to another format."""
         format = self.plan.outputs[0].format
         if not format.keeps_codes:
@@ -311,7 +311,9 @@ class _Loop:
         assert reader is not None
         weight = reader.decode(stored)
         algorithm = self.algorithm if self.plan.recipe.conversion == "requantize" else None
-        rounded = convert_layer(layer, stored, weight, format, algorithm)
+        read = ((each, self.checkpoint.unpack(each)) for each in beside)
+        others = (Beside(each, found, reader.decode(found)) for each, found in read)
+        rounded = convert_layer(layer, stored, weight, format, algorithm, others)
         parts = format.pack(layer, rounded.tensor)
         self._put({f"{layer.name}.{part}": as_bytes(tensor) for part, tensor in parts.items()}, nbytes, 0)
         return converted_row(layer, rounded, errors_in(weight, rounded.tensor, format.decode))
