@@ -42,13 +42,13 @@ class Demoted(NumericsError):
         super().__init__(next(iter(layers.values())) + more)
 
 
-def finite(layer: Layer, weight: Tensor) -> Tensor:
-    """The weight itself. Raises NumericsError naming its first value that is not finite."""
+def finite(layer: Layer, weight: Tensor, start: int = 0) -> Tensor:
+    """The weight itself, or its rows from `start` on. Raises NumericsError for the first value that is not finite."""
     from roundel.ops.losses import first_not_finite
 
     bad = first_not_finite(weight)
     if bad is not None:
-        raise not_finite(layer, *bad, float(weight[bad]))
+        raise not_finite(layer, start + bad[0], bad[1], float(weight[bad]))
     return weight
 
 
@@ -78,16 +78,16 @@ def largest(weight: Tensor) -> float:
     return float(torch.where(magnitudes.isfinite(), magnitudes, 0.0).max()) if weight.numel() else 0.0
 
 
-def sound(layer: Layer, weight: Tensor, rounded: Rounded, *, strict: bool) -> Rounded:
-    """The result itself. Raises NumericsError when a scale left float16, naming the largest weight, and when `strict`
-    forbids the fallback that was taken."""
+def sound(layer: Layer, weight: Tensor, rounded: Rounded, *, strict: bool, start: int = 0) -> Rounded:
+    """The result itself, of a weight or of its rows from `start` on. Raises NumericsError when a scale left float16,
+    naming the largest weight, and when `strict` forbids the fallback that was taken."""
     import torch
 
     from roundel.tensor import plain
 
     if not bool(torch.isfinite(plain(rounded.tensor.scale)).all()):
         row, column = divmod(int(weight.abs().argmax()), layer.shape[1])
-        raise not_finite(layer, row, column, float(weight[row, column]))
+        raise not_finite(layer, start + row, column, float(weight[row, column]))
     if strict and rounded.fallback is not None:
         raise NumericsError(
             f"{layer.name}: {rounded.fallback}. --strict makes an error of that. Calibrate with more text "

@@ -23,7 +23,7 @@ from roundel.calibrated import Calibration, Units
 from roundel.checkpoint import Checkpoint
 from roundel.converting import Beside, convert_layer, inexact
 from roundel.errors import NumericsError
-from roundel.fusion import Errors, fuses, round_and_pack
+from roundel.fusion import Errors, fuses, goes_by_rows, round_and_pack
 from roundel.interruption import Interruption
 from roundel.io.journal import Journal
 from roundel.io.safetensors import Shard
@@ -284,6 +284,8 @@ class _Loop:
                 0,
             )
             row = row_of(layer, None, errors, self.outside)
+        elif goes_by_rows(layer, formats, self.algorithm, self.device):
+            row = self._round_rows(layer, nbytes)
         else:
             row = self._round(layer, work.beside, nbytes)
         return replace(row, kind=work.kind, nbytes=tuple(nbytes))
@@ -328,6 +330,20 @@ class _Loop:
             errors = errors_in(weight, rounded.tensor, self.plan.outputs[0].format.decode)
             return row_of(layer, rounded, errors, self.outside)
 
+    def _round_rows(self, layer: Layer, nbytes: list[int]) -> Row:
+        """The same where rows do not depend on each other: a slab of them at a time, so that no matrix is held."""
+        formats, lost, rounded = [output.format for output in self.plan.outputs], Errors(0.0, 0.0), None
+        together = math.lcm(*(format.rows_together(layer.tensor) for format in formats))
+        for start, weight in slabs(self.checkpoint, layer.stored.parts["weight"], together):
+            part = replace(layer, shape=(weight.shape[0], weight.shape[1]))
+            rounded = self._rounded(part, finite(layer, weight, start), (), start)
+            for number, format in enumerate(formats):
+                for name, tensor in format.pack(part, rounded.tensor).items():
+                    data = as_bytes(tensor)
+                    self._put({f"{layer.name}.{name}": data}, nbytes, number, start * (len(data) // len(weight)))
+            lost = lost.plus(errors_in(weight, rounded.tensor, formats[0].decode))
+        return row_of(layer, rounded, lost, self.outside)
+
     def _quantize(self, layer: Layer, beside: Sequence[Layer]) -> tuple[Tensor, Rounded]:
         grid = layer.scheme.weight
         if layer.moves and not beside:  # what is stacked with others shares their float, whatever it had before
@@ -335,11 +351,16 @@ class _Loop:
             if not isinstance(moved, str) and (moved.group_index is None or layer.permuted):
                 return finite(layer, moved.decode()), Rounded(tensor=moved)  # nothing to round
         weight = finite(layer, _to_device(self.checkpoint.weights(layer), self.device))
+        return weight, self._rounded(layer, weight, beside)
+
+    def _rounded(self, layer: Layer, weight: Tensor, beside: Sequence[Layer], start: int = 0) -> Rounded:
+        """A layer as the algorithm rounds it, or its rows from `start` on."""
         reach = {layer.name: max(map(self._largest, beside))} if beside else {}
         seen = self.plan.importances.of(layer) if self.plan.importances is not None else None
         known = {} if seen is None else {layer.name: seen}
         unit = Unit(name=layer.name, layers=(layer,), weights={layer.tensor: weight}, reach=reach, known=known)
-        return weight, sound(layer, weight, self.algorithm.quantize(unit)[layer.name], strict=self.plan.recipe.strict)
+        rounded = self.algorithm.quantize(unit)[layer.name]
+        return sound(layer, weight, rounded, strict=self.plan.recipe.strict, start=start)
 
     def _largest(self, layer: Layer) -> float:
         """The largest weight of a layer that is rounded elsewhere."""

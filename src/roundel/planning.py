@@ -23,7 +23,7 @@ from roundel.errors import PlanError
 from roundel.families import attention_of, text_config
 from roundel.formats import Contents, Format, Model, format_named
 from roundel.formats.format import CACHE_PARTS
-from roundel.fusion import SLAB_BYTES, fuses, slab_rows
+from roundel.fusion import SLAB_BYTES, fuses, goes_by_rows, slab_rows
 from roundel.importance import Importances, open_importances
 from roundel.io.safetensors import ShardLayout, stacked
 from roundel.matrices import sharing
@@ -178,13 +178,17 @@ class Plan:
     def peak_memory(self, workers: int, device: str = "cpu") -> int:
         """Bytes of memory the run is expected to reach, the interpreter and its libraries included."""
         algorithm, formats = self.recipe.chain.algorithm, [o.format for o in self.outputs]
-        sizes, needs_torch = [], device != "cpu"
+        sizes, needs_torch, copied = [], device != "cpu", all(format.copies for format in formats)
         for work in self.works:
-            plain = work.kind == "copy" and all(c.piece.is_whole for c in work.copies)
-            fused = work.kind == "round" and work.layer is not None and fuses(work.layer, formats, algorithm, device)
+            plain = work.kind == "copy" and copied and all(c.piece.is_whole for c in work.copies)
+            layer = work.layer if work.kind == "round" else None
+            fused = layer is not None and fuses(layer, formats, algorithm, device)
             needs_torch |= not (plain or fused)
-            sizes.append(_working_bytes(work, formats, fused, plain))
-        base = BASE_WITH_TORCH if needs_torch else BASE_PLAIN
+            if not fused and layer is not None and goes_by_rows(layer, formats, algorithm, device):
+                sizes.append(min(layer.parameters, SLAB_BYTES // ITEMSIZE[layer.dtype]) * FLOAT_BYTES)
+            else:
+                sizes.append(_working_bytes(work, formats, fused, plain))
+        base = (BASE_WITH_TORCH if needs_torch else BASE_PLAIN) + (0 if copied else TOKENIZER_BYTES)
         apart = sum(sorted(sizes, reverse=True)[:workers])
         return base + max(apart, sum(self.unit_memory(device)))
 
@@ -202,6 +206,7 @@ COPY_FACTOR = 8  # of a slab of what is copied in another dtype: stored, in floa
 COPY_BYTES = 8 << 20  # a copy goes from file to file, at most through a buffer of this size
 BASE_PLAIN = 141 << 20  # interpreter, numpy, numba, rich: measured
 BASE_WITH_TORCH = 330 << 20  # the same with torch: measured
+TOKENIZER_BYTES = 105 << 20  # of transformers, by which GGUF's vocabulary is read: measured
 FLOAT_BYTES = 17  # for each weight of a matrix on its way through torch: stored, decoded thrice over, codes
 PART_TOKENS = 2048  # run at once on CPU where only outputs count: more is not faster, and takes memory
 EXPERTS_A_TOKEN = 4

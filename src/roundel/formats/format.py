@@ -102,6 +102,7 @@ class Format(Protocol):
     embeds: ClassVar[bool] = False  # whether readers take an embedding that is rounded
     keeps_codes: ClassVar[bool] = True  # whether what is stored are codes, not floats that are rounded once more
     floats: ClassVar[str | None] = None  # the dtype of all weights, of a format that has no codes at all
+    packs_rows: ClassVar[bool] = False  # whether every part of a layer has its rows, each packed by itself
     in_order: ClassVar[bool] = False  # whether the file has all tensors in the source's order, biases among them
     splits: ClassVar[bool] = False  # whether experts that the source has in one tensor are taken apart in any case
 
@@ -148,7 +149,8 @@ class Format(Protocol):
         return tensor
 
     def rows_together(self, tensor: str) -> int:
-        """Rows of a tensor that go together: `keep` takes any number of such runs at a time, in order."""
+        """Rows of a tensor that go together: `keep`, and `pack` where it `packs_rows`, take any number of such runs, in
+        order."""
         return 1
 
     def name_of(self, tensor: str, config: Mapping[str, object]) -> str | None:

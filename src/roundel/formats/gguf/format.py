@@ -45,6 +45,7 @@ class Gguf(Format):
     summary: ClassVar[str] = "one GGUF file: llama.cpp and what is built on it; gguf:TYPE for its mixtures"
     copies: ClassVar[bool] = False
     embeds: ClassVar[bool] = True
+    packs_rows: ClassVar[bool] = True
     in_order: ClassVar[bool] = True
     splits: ClassVar[bool] = True
     mixture: ClassVar[str] = ""
