@@ -114,7 +114,8 @@ parity: $(VENV)/.ready peers
 
 consumers: $(VENV)/.ready peers
 	$(VENV)/bin/python -m pytest tests/peers/test_consumers.py tests/peers/test_llm_compressor.py \
-	    tests/peers/test_gguf_files.py tests/peers/test_gguf_models.py tests/peers/test_gguf_converter.py
+	    tests/peers/test_gguf_files.py tests/peers/test_gguf_models.py tests/peers/test_gguf_converter.py \
+	    tests/peers/test_gguf_float_files.py
 
 benchmarks: $(VENV)/.ready peers
 	$(VENV)/bin/python benchmarks/model_free.py

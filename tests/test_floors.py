@@ -16,7 +16,7 @@ FLOORS = (  # from the lowest; a part imports only from rows above its own, and 
     ("formats", "algorithms", "transforms"),
     ("chain", "matrix"),
     ("checkpoint", "fusion", "importance", "recipe", "support", "holding"),
-    ("choosing", "calibration", "matrices", "notes"),
+    ("choosing", "calibration", "matrices", "notes", "cached"),
     ("planning", "inspection", "converting", "calibrating", "parts"),
     ("report", "card"),
     ("page",),

@@ -15,6 +15,7 @@ import roundel
 from models.pico import build
 from models.raw import hashes, plant
 from roundel.checkpoint import open_checkpoint
+from roundel.errors import PlanError
 from roundel.families.stacked import stacked_with
 from roundel.matrices import errors_in, errors_of, largest
 from roundel.ops.encode import encode
@@ -111,6 +112,50 @@ def test_calibrated_runs_share_them_too(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "measured" / "model.safetensors")
     inputs = {float(tensors[f"{ATTENTION}.{name}_proj.input_global_scale"]) for name in "qkv"}
     assert len(inputs) == 1
+
+
+def test_conversions_share_them_too(tmp_path: Path) -> None:
+    source = build("llama", tmp_path / "model", shards=3)
+    plant(source, f"{ATTENTION}.k_proj.weight", 7, 3.0)
+    roundel.quantize(source, tmp_path / "in", scheme="W8A16G32", format="llm_compressor")
+    wish: dict[str, Any] = {"format": "llm_compressor", "scheme": "NVFP4A16", "requantize": True}
+    roundel.convert(tmp_path / "in", tmp_path / "out", workers=2, **wish)
+    found, checkpoint = floats(tmp_path / "out"), open_checkpoint(tmp_path / "in")
+    for name, divisor in found.items():
+        together = stacked_with(name) or (name,)
+        highest = max(float(checkpoint.decode(other).abs().max()) for other in together)
+        assert divisor == pytest.approx(448 * 6 / highest, rel=1e-6), name
+        assert {found[other] for other in together} == {divisor}
+    checkpoint.close()
+    roundel.quantize(tmp_path / "in", tmp_path / "quantized", **NVFP4)
+    assert floats(tmp_path / "quantized") == found
+
+
+@pytest.mark.parametrize("old", ["W8A16G32", "FP8_STATIC"])
+def test_scales_of_inputs_are_not_made_up(old: str, tmp_path: Path) -> None:
+    measured: dict[str, Any] = {"dataset": [list(range(3, 19))], "nsamples": 1, "seqlen": 16}
+    given = {} if old == "W8A16G32" else measured
+    source = build("llama", tmp_path / "model")
+    roundel.quantize(source, tmp_path / "in", scheme=old, format="llm_compressor", **given)
+    with pytest.raises(PlanError, match=r"and 13 more are .*, which says nothing of inputs as NVFP4 stores them"):
+        roundel.convert(tmp_path / "in", tmp_path / "out", format="llm_compressor", scheme="NVFP4", requantize=True)
+
+
+def test_what_moves_is_rounded_where_another_is(tmp_path: Path) -> None:
+    """Powers of two go over as e4m3 under a factor of 1, as far as e4m3 reaches; where one matrix leaves it, all that
+    share its float are rounded."""
+    source = build("llama", tmp_path / "model")
+    plant(source, f"{ATTENTION}.k_proj.weight", 7, 1e5)
+    roundel.quantize(source, tmp_path / "in", scheme="MXFP4A16", format="llm_compressor")
+    wish: dict[str, Any] = {"format": "llm_compressor", "scheme": "NVFP4A16", "requantize": True}
+    report = roundel.convert(tmp_path / "in", tmp_path / "out", **wish)
+    found = floats(tmp_path / "out")
+    largest_key = 6 * 2.0**14
+    (divisor,) = {found[f"{ATTENTION}.{name}_proj"] for name in "qkv"}
+    assert divisor == pytest.approx(448 * 6 / largest_key, rel=1e-6)
+    assert found[f"{ATTENTION}.o_proj"] == 1.0
+    notes = {row.name: row.note or "" for row in report.rows}
+    assert "k_proj, with which it shares a scale, cannot move" in notes[f"{ATTENTION}.q_proj"]
 
 
 def test_a_bad_matrix_does_not_spoil_those_beside_it(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from models.pico import build
+from roundel.data.bundled import bundled_model
 
 SHAPE = {
     "hidden_size": 1024,
@@ -78,6 +80,24 @@ def test_measuring_four_times_the_layers_takes_the_same_memory(tmp_path: Path) -
         run("eval", str(tmp_path / f"o{layers}"), *options)  # compiles kernels, where nobody has
         peaks[layers] = int(run("eval", str(tmp_path / f"o{layers}"), *options).split()[-1])
     assert peaks[16] < 1.1 * peaks[4], peaks
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc, which is Linux's")
+@pytest.mark.parametrize("mixture", ["q8_0", "f16"])
+def test_a_large_embedding_goes_through_in_slabs(mixture: str, tmp_path: Path) -> None:
+    """It has 48 million weights, 193 MB in float32."""
+    peaks, planned = {}, {}
+    for rows in (2048, 2048, 49152):  # the first run compiles kernels, where nobody has
+        model = build("llama", tmp_path / f"m{rows}", num_hidden_layers=1, vocab_size=rows, **SHAPE)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(bundled_model() / name, model)
+        options = (str(model), "--format", f"gguf:{mixture}", "--workers", "1")
+        planned[rows] = json.loads(run("plan", *options, "--json").rpartition("peak")[0])["peak_memory_bytes"]
+        out = str(tmp_path / f"o{rows}")
+        peaks[rows] = int(run("quantize", options[0], out, "--overwrite", *options[1:]).split()[-1])
+    assert peaks[49152] - peaks[2048] < 60e6, peaks  # a slab, and a vocabulary
+    for rows, peak in peaks.items():
+        assert abs(planned[rows] - peak) < 0.25 * peak, (planned, peaks)
 
 
 FREED = """

@@ -6,6 +6,7 @@ split, and each matrix learns whether it is a linear layer or why it is not.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -18,7 +19,7 @@ from roundel.formats import Format, reader_of
 from roundel.formats.gguf.source import find_gguf, open_gguf
 from roundel.io.source import Source, open_source
 from roundel.matrix import JOINED, Matrix, joined
-from roundel.tensor import FLOAT_DTYPES, TensorSpec
+from roundel.tensor import FLOAT_DTYPES, ITEMSIZE, TensorSpec
 from roundel.unit import Layer, Piece, Stored
 
 if TYPE_CHECKING:
@@ -98,6 +99,19 @@ class Checkpoint:
                 raw = torch.from_numpy(self.source.mapped(piece.tensor))
                 return raw.view(torch_dtype(spec.dtype)).reshape(spec.shape)
         return self.tensor(name)
+
+    def read_slab(self, piece: Piece, start: int, stop: int) -> Tensor:
+        """Rows of a piece `in_rows`."""
+        import numpy as np
+        import torch
+
+        from roundel.tensor import torch_dtype
+
+        spec = self.source.tensors[piece.tensor]
+        shape = (stop - start, *piece.shape(spec)[1:])
+        raw = np.empty(math.prod(shape) * ITEMSIZE[spec.dtype], np.uint8)
+        self.source.read_rows(piece, start, raw)
+        return torch.from_numpy(raw).view(torch_dtype(spec.dtype)).reshape(shape)
 
     def unpack(self, layer: Layer) -> QuantizedTensor:
         """The codes and scales of a stored layer, or of all that it is cut out of. Raises SourceError when its parts

@@ -73,11 +73,14 @@ def choose_conversions(
 
     Without one a layer is a problem or, where the recipe allows that, rounded anew.
     """
+    if format.floats is not None:
+        return {name: Choice(scheme=None, origin=f"format {format.name}") for name in matrices}
     rounds = recipe.conversion == "requantize"
     algorithm = recipe.chain.algorithm
     decided = format.schemes() or {}
     choices: dict[str, Choice] = {}
     refused: dict[str, list[Layer]] = {}
+    unmeasured: list[Layer] = []
     for matrix in matrices.values():
         asked = decided.get(matrix.name) if recipe.converts_as_stored else recipe.default_for(matrix.role)
         if matrix.stored.scheme is None:
@@ -99,6 +102,16 @@ def choose_conversions(
         choices[matrix.name] = Choice(scheme=new, origin=f"rounded anew from {matrix.stored.scheme.name}")
         if new is None:
             problems.append(_refusal(why_not(layer, format, matrix.stored.scheme) or "", [layer]))
+        elif new.stores_input_scale and new.input != matrix.stored.scheme.input:
+            unmeasured.append(layer)
+    if unmeasured:
+        first, stored = unmeasured[0], unmeasured[0].stored.scheme
+        assert stored is not None
+        problems.append(
+            f"{first.name} {list(first.shape)} and {len(unmeasured) - 1} more are {stored.name}, which says nothing of "
+            f"inputs as {recipe.label} stores them, and a conversion measures none. Use roundel quantize, or a scheme "
+            "that scales inputs at run time or not at all."
+        )
     for reason, layers in refused.items():
         problems.append(_inexact(reason, layers, format))
     return choices

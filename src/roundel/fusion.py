@@ -23,7 +23,7 @@ from roundel.ops.orders import AWQ_ORDER
 from roundel.tensor import ITEMSIZE
 from roundel.unit import Layer
 
-__all__ = ["Errors", "fuses", "not_finite", "round_and_pack", "slab_rows"]
+__all__ = ["SLAB_BYTES", "Errors", "fuses", "goes_by_rows", "not_finite", "round_and_pack", "slab_rows"]
 
 SLAB_BYTES = 2 << 20  # of stored weights: small enough for the cache that two cores share
 ROW_STEP = 128  # rows of a slab are a multiple of it, so that packed words and cache lines are whole
@@ -56,6 +56,10 @@ class Errors:
     signal: float
     noise: float
 
+    def plus(self, other: Errors) -> Errors:
+        """Of the weights of both."""
+        return Errors(self.signal + other.signal, self.noise + other.noise)
+
     @property
     def sqnr(self) -> float:
         """Signal to quantization noise, in decibel; infinite where nothing was lost."""
@@ -80,6 +84,16 @@ def fuses(layer: Layer, formats: Sequence[Format], algorithm: Algorithm, device:
         grid = layer.scheme.weight
         return grid.is_mx and grid.exponent == "floor" and formats[0].outputs(layer) == mx_outputs(layer)
     return layout.order == "awq" or layer.shape[1] % 32 == 0
+
+
+def goes_by_rows(layer: Layer, formats: Sequence[Format], algorithm: Algorithm, device: str = "cpu") -> bool:
+    """Whether a layer is rounded and packed a slab of rows at a time, through torch: it is stored plain, ggml's types
+    round each row by itself, and the formats pack it so."""
+    piece = layer.stored.parts.get("weight")
+    if layer.stored.format != "plain" or piece is None or not piece.in_rows or layer.cut is not None or device != "cpu":
+        return False
+    rows = isinstance(algorithm, Rtn) and layer.scheme.weight.rule == "ggml"
+    return rows and all(format.packs_rows for format in formats)
 
 
 def slab_rows(layer: Layer) -> int:

@@ -3,14 +3,17 @@ is it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from roundel.errors import NumericsError
+from roundel.checkpoint import Checkpoint
+from roundel.errors import ConversionError, NumericsError
 from roundel.families.stacked import stacked_with
-from roundel.fusion import Errors, not_finite
+from roundel.fusion import SLAB_BYTES, Errors, not_finite
 from roundel.scheme import Grid
-from roundel.unit import Layer
+from roundel.tensor import ITEMSIZE, TensorSpec
+from roundel.unit import Layer, Piece
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +21,10 @@ if TYPE_CHECKING:
     from roundel.algorithms import Rounded
     from roundel.tensor import QuantizedTensor
 
-__all__ = ["Demoted", "as_bytes", "errors_in", "errors_of", "finite", "largest", "reaches", "sharing", "sound"]
+__all__ = [
+    "Demoted", "as_bytes", "errors_in", "errors_in_floats", "errors_of", "finite", "holds", "largest", "reaches",
+    "sharing", "slabs", "sound",
+]  # fmt: skip
 
 COMPARED = 1 << 22  # weights decoded at a time
 
@@ -36,13 +42,13 @@ class Demoted(NumericsError):
         super().__init__(str(next(iter(layers.values()))) + more)
 
 
-def finite(layer: Layer, weight: Tensor) -> Tensor:
-    """The weight itself. Raises NumericsError naming its first value that is not finite."""
+def finite(layer: Layer, weight: Tensor, start: int = 0) -> Tensor:
+    """The weight itself, or its rows from `start` on. Raises NumericsError for the first value that is not finite."""
     from roundel.ops.losses import first_not_finite
 
     bad = first_not_finite(weight)
     if bad is not None:
-        raise not_finite(layer, *bad, float(weight[bad]))
+        raise not_finite(layer, start + bad[0], bad[1], float(weight[bad]))
     return weight
 
 
@@ -72,16 +78,16 @@ def largest(weight: Tensor) -> float:
     return float(torch.where(magnitudes.isfinite(), magnitudes, 0.0).max()) if weight.numel() else 0.0
 
 
-def sound(layer: Layer, weight: Tensor, rounded: Rounded, *, strict: bool) -> Rounded:
-    """The result itself. Raises NumericsError when a scale left float16, naming the largest weight, and when `strict`
-    forbids the fallback that was taken."""
+def sound(layer: Layer, weight: Tensor, rounded: Rounded, *, strict: bool, start: int = 0) -> Rounded:
+    """The result itself, of a weight or of its rows from `start` on. Raises NumericsError when a scale left float16,
+    naming the largest weight, and when `strict` forbids the fallback that was taken."""
     import torch
 
     from roundel.tensor import plain
 
     if not bool(torch.isfinite(plain(rounded.tensor.scale)).all()):
         row, column = divmod(int(weight.abs().argmax()), layer.shape[1])
-        raise not_finite(layer, row, column, float(weight[row, column]))
+        raise not_finite(layer, start + row, column, float(weight[row, column]))
     if strict and rounded.fallback is not None:
         raise NumericsError(
             f"{layer.name}: {rounded.fallback}. --strict makes an error of that. Calibrate with more text "
@@ -101,13 +107,45 @@ def errors_in(weight: Tensor, rounded: QuantizedTensor, decode: Callable[[Quanti
     """`errors_of` what was rounded; `decode` is asked for some rows at a time where that can be."""
     if not rounded.has_rows:
         return errors_of(weight, decode(rounded))
-    signal, noise = 0.0, 0.0
+    lost = Errors(0.0, 0.0)
     rows = max(1, COMPARED // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], rows):
         part = slice(start, start + rows)
-        lost = errors_of(weight[part], decode(rounded.rows(part)))
-        signal, noise = signal + lost.signal, noise + lost.noise
-    return Errors(signal, noise)
+        lost = lost.plus(errors_of(weight[part], decode(rounded.rows(part))))
+    return lost
+
+
+def holds(dtype: str, other: str) -> bool:
+    """Whether one dtype of floats holds all numbers of another."""
+    return dtype == other or dtype == "F64" or (dtype == "F32" and other in ("F16", "BF16"))
+
+
+def errors_in_floats(spec: TensorSpec, rows: Tensor, dtype: str, format: str) -> Errors:
+    """What rows of a tensor lose in another dtype. Raises ConversionError for a number beyond its end."""
+    from roundel.tensor import torch_dtype
+
+    values = rows.float().reshape(1, -1)
+    stored = values.to(torch_dtype(dtype)).float()
+    beyond = stored.isinf() & values.isfinite()
+    if bool(beyond.any()):
+        raise ConversionError(
+            f"{spec.name} {list(spec.shape)} holds {float(values[beyond][0]):.9g}, beyond the end of {dtype}, in which "
+            f"{format} would store it. Choose one with the exponents of float32: gguf:bf16 or gguf:f32."
+        )
+    return errors_of(values, stored)
+
+
+def slabs(checkpoint: Checkpoint, piece: Piece, together: int = 1) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows) of a part of a tensor, a slab at a time: whole runs of `together` rows. All of it at once where
+    its rows do not stand one after the other."""
+    spec = checkpoint.source.tensors[piece.tensor]
+    shape = piece.shape(spec)
+    if not piece.in_rows or not shape or not math.prod(shape):
+        yield 0, checkpoint.read_piece(piece)
+        return
+    step = max(1, SLAB_BYTES // (math.prod(shape[1:]) * ITEMSIZE[spec.dtype]) // together) * together
+    for start in range(0, shape[0], step):
+        yield start, checkpoint.read_slab(piece, start, min(start + step, shape[0]))
 
 
 def as_bytes(tensor: Tensor, dtype: str | None = None) -> memoryview:

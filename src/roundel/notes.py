@@ -43,9 +43,10 @@ def notes_of(
         )
     notes += _changes(layers)
     if checkpoint.dropped:
+        kinds = Counter(name.rpartition(".")[2] for name in checkpoint.dropped)
         notes.append(
-            f"{len(checkpoint.dropped)} tensors of the source's own format are not needed any more, such as "
-            f"{checkpoint.dropped[0]}"
+            f"{len(checkpoint.dropped)} tensors of the source's own format are not needed any more ("
+            f"{', '.join(f'{count} {kind}' for kind, count in kinds.items())}), such as {checkpoint.dropped[0]}"
         )
     odd = [layer for layer in layers if layer.shape[1] % layer.scheme.weight.block_of(layer.shape)[1]]
     if odd:

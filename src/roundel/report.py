@@ -18,7 +18,7 @@ from roundel.fusion import Errors
 from roundel.planning import Plan, Work
 from roundel.unit import Layer
 
-__all__ = ["LOG", "REPORT", "Progress", "Report", "Row", "converted_row", "decoded_row", "row_of"]
+__all__ = ["LOG", "REPORT", "Progress", "Report", "Row", "became", "converted_row", "decoded_row", "row_of"]
 
 REPORT = "report.json"
 LOG = "log.jsonl"  # times stand here, and nowhere else
@@ -109,10 +109,15 @@ def converted_row(layer: Layer, rounded: Rounded | None, errors: Errors) -> Row:
     return replace(row_of(layer, rounded, errors), energy=_short(errors.signal), noise=_short(errors.noise))
 
 
-def decoded_row(layer: Layer, errors: Errors) -> Row:
-    """The row of a quantized matrix that stays in full precision in a conversion."""
-    note = f"became {layer.dtype}: signal to noise {errors.sqnr:.1f} dB" if errors.noise else None
-    return replace(converted_row(layer, None, errors), kind="decode", scheme=None, sqnr=None, note=note)
+def decoded_row(layer: Layer, dtype: str, errors: Errors) -> Row:
+    """The row of a quantized matrix that becomes floats in a conversion."""
+    row = converted_row(layer, None, errors)
+    return replace(row, kind="decode", scheme=None, sqnr=None, note=became(dtype, errors))
+
+
+def became(dtype: str, errors: Errors) -> str | None:
+    """What is to be said of floats that became others: None where these hold the same numbers."""
+    return f"became {dtype}: signal to noise {errors.sqnr:.1f} dB" if errors.noise else None
 
 
 class Progress(Protocol):

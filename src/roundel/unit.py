@@ -55,6 +55,11 @@ class Piece:
     def is_whole(self) -> bool:
         return self.index == () and (self.start, self.stop, self.step) == (0, None, 1) and not self.transposed
 
+    @property
+    def in_rows(self) -> bool:
+        """Whether its rows stand one after the other as they are stored."""
+        return self.step == 1 and not self.transposed
+
     def shape(self, spec: TensorSpec) -> tuple[int, ...]:
         """The part's shape, given the whole tensor's spec."""
         shape = spec.shape[len(self.index) :]

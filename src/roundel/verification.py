@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from roundel.cached import cache_tensors
 from roundel.checkpoint import Checkpoint, Matrix, open_checkpoint
 from roundel.errors import SourceError
 from roundel.matrices import errors_of
 from roundel.report import REPORT
-from roundel.tensor import TensorSpec, torch_dtype
+from roundel.tensor import FLOAT_DTYPES, TensorSpec, torch_dtype
 from roundel.unit import Piece
 
 if TYPE_CHECKING:
@@ -167,15 +168,18 @@ def _check_kept(checkpoint: Checkpoint, name: str, origin: _Origin | None) -> Ch
 
 
 def _same(raw: np.ndarray, dtype: str, before: np.ndarray, dtype_before: str) -> bool:
-    """Whether stored floats are those of the source. In float32 where it has 16 bits, they may have been added to."""
+    """Whether stored floats are those of the source, rounded to their dtype. In float32 where the source has 16 bits,
+    they may have been added to."""
     import torch
 
     if dtype == dtype_before:
         return np.array_equal(raw, before)
-    if dtype != "F32" or dtype_before not in ("BF16", "F16"):
+    if not {dtype, dtype_before} <= FLOAT_DTYPES:
         return True
-    found = torch.from_numpy(raw).view(torch.float32)
-    wanted = torch.from_numpy(before).view(torch_dtype(dtype_before)).float()
+    found = torch.from_numpy(raw).view(torch_dtype(dtype))
+    wanted = torch.from_numpy(before).view(torch_dtype(dtype_before)).to(found.dtype)
+    if dtype != "F32" or dtype_before not in ("BF16", "F16"):
+        return torch.equal(found, wanted)
     return bool(((found - wanted).abs() <= ADDED * (1 + wanted.abs())).all())
 
 
@@ -232,6 +236,8 @@ class _Origin:
         weights = {ours(f"{name}.weight"): name for name in source.wholes}
         self.matrices = {w.removesuffix(".weight"): name for w, name in weights.items() if w is not None}
         held = {p.tensor for m in source.matrices.values() for p in m.stored.parts.values()} | set(source.dropped)
+        if reader is None or reader.cached() is None:
+            held |= set(cache_tensors(source))
         held |= {m.bias[1].tensor for m in source.matrices.values() if m.bias is not None}
         self.others = [name for name, theirs in self.tensors.items() if theirs not in held]
 

@@ -11,7 +11,7 @@ import torch
 
 import roundel
 from models.pico import build
-from models.raw import hashes
+from models.raw import hashes, plant
 from roundel.checkpoint import open_checkpoint
 from roundel.data.bundled import bundled_model
 from roundel.errors import PlanError, RecipeError
@@ -66,6 +66,38 @@ def test_every_tensor_is_there_and_rounded_as_ggml_does(model_type: str, mixture
     assert seen == set(header.tensors) and rounded >= 14
     types = {tensor.type for tensor in header.tensors.values()}
     assert len(types & set(BLOCK_GRIDS)) >= (1 if mixture == "q8_0" else 2)
+
+
+@pytest.mark.parametrize(("mixture", "wish"), [("q4_k_m", {}), ("q8_0", {}), ("q2_k", {"imatrix": "ones.gguf"})])
+def test_a_slab_at_a_time(mixture: str, wish: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes, and the same losses, as when all rows are rounded together."""
+    if wish:
+        wish = {"imatrix": str(tmp_path / "seen.gguf")}
+        seen: dict[str, Any] = {
+            "algorithm": "opt-rtn",
+            "imatrix": True,
+            "dataset": "bundled",
+            "nsamples": 2,
+            "seqlen": 32,
+        }
+        roundel.quantize(bundled_model(), tmp_path / "seen", format="gguf:q2_k", save_imatrix=wish["imatrix"], **seen)
+    slabs = roundel.quantize(bundled_model(), tmp_path / "a", format=f"gguf:{mixture}", **wish)
+    monkeypatch.setattr("roundel.matrices.SLAB_BYTES", 64 << 10)  # some rows, or heads
+    small = roundel.quantize(bundled_model(), tmp_path / "b", format=f"gguf:{mixture}", **wish)
+    monkeypatch.setattr("roundel.pipeline.goes_by_rows", lambda *_: False)
+    whole = roundel.quantize(bundled_model(), tmp_path / "c", format=f"gguf:{mixture}", **wish)
+    assert len({written(tmp_path / name)[0].read_bytes() for name in "abc"}) == 1
+    for one, other in zip(whole.rows, small.rows, strict=True):
+        assert one.sqnr == pytest.approx(other.sqnr, abs=1e-3) and one.nbytes == other.nbytes
+    assert slabs.mean_sqnr == pytest.approx(whole.mean_sqnr, abs=1e-3)
+
+
+def test_a_bad_weight_is_named_by_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("roundel.matrices.SLAB_BYTES", 2048)
+    model = tokenized(build("llama", tmp_path / "model", **ROWS))
+    plant(model, "model.layers.1.mlp.up_proj.weight", 77 * 256 + 5, float("nan"))
+    report = roundel.quantize(model, tmp_path / "out", format="gguf:q8_0")
+    assert "weight [77, 5] is nan" in report.plan.demoted["model.layers.1.mlp.up_proj"]
 
 
 def tokenized(model: Path) -> Path:

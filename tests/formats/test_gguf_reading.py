@@ -15,7 +15,6 @@ import torch
 import roundel
 from formats.test_gguf import tokenized
 from inference.test_loading import expected, near, said
-from models.as_gguf import write_gguf
 from models.pico import build
 from roundel.calibration.tokenizer import load_tokenizer
 from roundel.checkpoint import Checkpoint, open_checkpoint
@@ -71,11 +70,7 @@ def sized(name: str, folder: Path, **config: Any) -> Path:
 def written(model_type: str, folder: Path, mixture: str = "q4_k_m", **config: Any) -> tuple[Path, Path, Path]:
     """A pico model, the folder that roundel makes of it, and a copy of the file alone."""
     model = tokenized(sized(model_type, folder / "model", **config))
-    if mixture in FLOATS:  # in which nothing is rounded, and which roundel does not write
-        (folder / "out").mkdir()
-        write_gguf(model, folder / "out" / "m.gguf", mixture)
-    else:
-        roundel.quantize(model, folder / "out", format=f"gguf:{mixture}", workers=1)
+    roundel.quantize(model, folder / "out", format=f"gguf:{mixture}", workers=1)
     (file,) = (folder / "out").glob("*.gguf")
     (folder / "bare").mkdir()
     return model, folder / "out", Path(shutil.copy(file, folder / "bare" / "file.gguf"))

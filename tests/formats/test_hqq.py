@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import roundel
 from formats.test_formats import bytes_of, layer_of, rounded
+from roundel.checkpoint import open_checkpoint
 from roundel.errors import SourceError
 from roundel.formats import FORMATS, Contents, Format, Found, reader_of
 from roundel.scheme import Scheme
 from roundel.tensor import TensorSpec, torch_dtype
 from roundel.unit import Layer, Stored
+from roundel.verification import verify
 
 HQQ = FORMATS["hqq"]
 DTYPES = {torch_dtype(name): name for name in ("U8", "I32", "I64", "F16", "F32")}
@@ -110,3 +115,16 @@ def test_lost_parts_are_told(lost: str) -> None:
     del parts[lost]
     with pytest.raises(SourceError, match=f"no {lost}"):
         found_in(parts, anyones())
+
+
+def test_zero_points_of_their_own_solver_go_along(tmp_path: Path) -> None:
+    """1 to 8 bits, as hqq wrote them."""
+    theirs = Path(__file__).parents[1] / "data" / "golden" / "hqq"
+    roundel.convert(theirs, tmp_path / "out", format="hqq")
+    before, after = load_file(theirs / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    packed = [name for name in before if name.endswith((".W_q", ".scale", ".zero"))]
+    assert len(packed) == 21 and all(torch.equal(before[name], after[name]) for name in packed)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert all(layer.scheme.weight.zero == "float" for layer in checkpoint.layers.values())
+    checkpoint.close()
+    assert verify(tmp_path / "out", theirs).passed

@@ -28,9 +28,13 @@ PEERS = Path(os.environ.get("ROUNDEL_PEERS", HERE.parents[1] / ".peers"))
 PYTHON = PEERS / "llama-cpp" / "bin" / "python"
 LIBRARY = PEERS / "llama-cpp" / "build" / "bin" / "libllama.so"
 KINDS = {"u32": "UINT32", "i32": "INT32", "f32": "FLOAT32", "bool": "BOOL", "str": "STRING", "u64": "UINT64"}
-# Not among them: Gemma 2 and Phi-3, which the converter takes with a SentencePiece tokenizer alone.
-TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma3_text", "gemma3",
-         "deepseek_v2", "deepseek_v2_lite", "deepseek_v3")  # fmt: skip
+PIECES = ("gemma2", "phi3")  # which the converter takes with a SentencePiece tokenizer alone
+TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "gemma3",
+         "phi3", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3")  # fmt: skip
+TRAINED = (
+    "import sentencepiece, sys; sentencepiece.SentencePieceTrainer.train(input=sys.argv[1], model_prefix=sys.argv[2], "
+    "vocab_size=250, model_type='bpe', character_coverage=0.98, hard_vocab_limit=False, pad_id=3)"
+)
 FEW = ("q8_0", "q4_k_m", "q2_k", "mxfp4_moe")
 
 pytestmark = pytest.mark.skipif(
@@ -40,7 +44,11 @@ pytestmark = pytest.mark.skipif(
 
 def ran(*arguments: object) -> str:
     done = subprocess.run(
-        [PYTHON, HERE / "llama_cpp.py", *map(str, arguments)], capture_output=True, text=True, check=False
+        [PYTHON, HERE / "llama_cpp.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        errors="replace",
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -74,7 +82,14 @@ def _told(value: GgufValue) -> list[Any]:
 def model_of(model_type: str, folder: Path) -> Path:
     # by 27 blocks llama.cpp knows that queries are not latent
     more = {"num_hidden_layers": 27} if model_type == "deepseek_v2_lite" else {}
-    return tokenized(sized(model_type, folder, **more))
+    if model_type not in PIECES:
+        return tokenized(sized(model_type, folder, **more))
+    model = sized(model_type, folder)
+    (model / "text.txt").write_text((HERE.parents[1] / "README.md").read_text())
+    subprocess.run([PYTHON, "-c", TRAINED, model / "text.txt", model / "tokenizer"], check=True, capture_output=True)
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    return model
 
 
 def compare(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -96,7 +111,7 @@ def test_the_converter_writes_the_same(model_type: str, tmp_path: Path) -> None:
     assert list(mine["values"]) == list(theirs["values"])
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", [*TYPES, "gpt_oss"])
 def test_the_quantizer_writes_the_same(model_type: str, tmp_path: Path) -> None:
     model = model_of(model_type, tmp_path / "model")
     mixtures = FEW

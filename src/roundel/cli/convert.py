@@ -84,8 +84,7 @@ def convert(
         else:
             if not is_complete(folder, plan):
                 console.print(
-                    f"{escape(plan.source_name)}: {len(plan.layers)} layers to "
-                    f"{recipe.formats[0]}, {plan.bits_per_weight:.3f} bits per weight, into {escape(str(folder))}"
+                    f"{escape(plan.source_name)} to {recipe.formats[0]}: {plan.extent}, into {escape(str(folder))}"
                 )
             with Bar(sum(layer.parameters for layer in plan.layers), len(plan.layers)) as bar:
                 report = quantize_checkpoint(

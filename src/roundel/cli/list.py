@@ -72,6 +72,7 @@ def _scale(scale: str | Grid) -> str:
 def _formats(why: bool, markdown: bool) -> None:
     from roundel.cli.show import console, table
     from roundel.formats import FORMATS
+    from roundel.formats.gguf.mixtures import MIXTURES
     from roundel.support import NOT_LOADED, support_rows
 
     rows = support_rows()
@@ -94,6 +95,7 @@ def _formats(why: bool, markdown: bool) -> None:
         console.print(f"(yes) {name}, {scheme}: stored and read back, but not seen to load elsewhere: {reason}")
     for format in FORMATS.values():
         console.print(f"{format.name}: {format.summary}")
+    console.print(f"gguf:TYPE, where TYPE is one of {', '.join(MIXTURES)}")
 
 
 def _algorithms() -> None:

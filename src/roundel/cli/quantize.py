@@ -99,10 +99,7 @@ def quantize(
             bar.tokens = calibration.tokens.numel()
             plan = build_plan(checkpoint, recipe, None, (calibration.sha256, calibration.notes))
         if not is_complete(folder, plan):
-            console.print(
-                f"{escape(plan.source_name)}: {len(plan.layers)} layers to {recipe.label}, {plan.bits_per_weight:.3f} "
-                f"bits per weight, into {escape(str(folder))}"
-            )
+            console.print(f"{escape(plan.source_name)} to {recipe.label}: {plan.extent}, into {escape(str(folder))}")
         count = workers or default_workers(plan, device)
         with bar:
             report = quantize_checkpoint(

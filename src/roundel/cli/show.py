@@ -58,9 +58,10 @@ def print_plan(plan: Plan, workers: int, device: str) -> None:
     ]  # fmt: skip
     for pattern, count, cells in folded(rows):
         layers.add_row(escape(pattern), str(count), *map(escape, cells))
-    console.print(layers)
-    if plan.kept:
+    if plan.layers:
+        console.print(layers)
         console.print()
+    if plan.kept:
         kept = table("kept in full precision", "count", "shape", "dtype", "why")
         for pattern, count, cells in folded(
             (k.name, f"{k.shape[0]}×{k.shape[1]}", k.dtype, k.reason) for k in plan.kept
@@ -72,9 +73,7 @@ def print_plan(plan: Plan, workers: int, device: str) -> None:
         _print_units(plan, device)
     for note in plan.notes:
         console.print(f"[yellow]note[/] {escape(note)}")
-    console.print(
-        f"{len(plan.layers)} layers, {plan.parameters / 1e6:.1f} M weights at {plan.bits_per_weight:.3f} bits"
-    )
+    console.print(f"{plan.extent}, {plan.parameters / 1e6:.1f} M weights" if plan.layers else plan.extent)
     for output in plan.outputs:
         share = output.nbytes / max(1, plan.source_bytes)
         console.print(
@@ -123,10 +122,7 @@ def print_report(report: Report) -> None:
     if report.resumed:
         console.print(f"continued: {report.resumed} of {len(plan.works)} pieces were done already")
     worst = report.worst if report.converted is None or report.converted.changed else None
-    console.print(
-        f"{len(plan.layers)} layers at {plan.bits_per_weight:.3f} bits per weight; {len(plan.kept)} matrices kept "
-        f"in full precision"
-    )
+    console.print(f"{plan.extent}; {len(plan.kept)} matrices kept in full precision")
     if worst is not None:
         console.print(
             f"signal to noise {decibel(report.mean_sqnr)} on average, lowest {decibel(worst.sqnr)} "

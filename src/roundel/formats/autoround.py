@@ -158,6 +158,12 @@ class AutoRound(Format):
         known = (*LAYOUTS, FLOAT_PACKING, STATIC_PACKING)
         if packing not in known:
             raise SourceError(f"AutoRound packing {packing!r} is not read. Read are {', '.join(known)}.")
+        turned = next((key for key in ("rotation_config", "spinquant_config") if quantization.get(key)), None)
+        if turned is not None:
+            raise SourceError(
+                f"The checkpoint is run with rotations of activations ({turned}), which are not read. Start from the "
+                "original model."
+            )
         return AutoRound(packing=packing, quantization=quantization)
 
     def find(self, module: str, parts: Mapping[str, TensorSpec]) -> Found | None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from roundel.formats.patterns import begins
 from roundel.scheme import ELEMENTS, LARGEST_BLOCK, PRESETS, Grid, Scheme, integer_scheme
 
-__all__ = ["group_for", "group_of", "kv_cache_arguments", "layout_of", "scheme_of"]
+__all__ = ["group_for", "group_of", "kv_cache_arguments", "kv_cache_of", "layout_of", "scheme_of"]
 
 Arguments = Mapping[str, object]
 
@@ -45,6 +45,18 @@ def group_of(scheme: Scheme, targets: Sequence[str]) -> dict[str, object]:
 def kv_cache_arguments() -> dict[str, object]:
     """How keys and values are rounded in the cache: to FP8, one stored scale each."""
     return _arguments(Grid(element=ELEMENTS["e4m3"], block=(0, 0), scale="F32"), "tensor")
+
+
+def kv_cache_of(quantization: Arguments) -> str | None:
+    """ "fp8" where a config asks for that, other words for other schemes, None where keys and values stay."""
+    given = quantization.get("kv_cache_scheme")
+    if not isinstance(given, Mapping) or not given:
+        return None
+    names = ("num_bits", "type", "symmetric", "dynamic")
+    wanted = kv_cache_arguments()
+    told = {"symmetric": True, "dynamic": False, **given}
+    plain = told.get("strategy") in (None, "tensor") and all(told.get(name) == wanted[name] for name in names)
+    return "fp8" if plain else f"{given.get('type')}{given.get('num_bits')} by {given.get('strategy')}"
 
 
 def group_for(module: str, groups: object) -> Arguments | None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from roundel.errors import SourceError
-from roundel.formats.compressed_config import group_for, group_of, kv_cache_arguments, layout_of, scheme_of
+from roundel.formats.compressed_config import group_for, group_of, kv_cache_arguments, kv_cache_of, layout_of, scheme_of
 from roundel.formats.floats import (
     decode_blocks,
     find_fp8,
@@ -136,7 +136,21 @@ class CompressedTensors(Format):
         layout = quantization.get("format")
         if layout not in _READ:
             raise SourceError(f"compressed-tensors layout {layout!r} is not read. Read are {', '.join(_READ[:-1])}.")
+        sparsity, transforms = (quantization.get(key) for key in ("sparsity_config", "transform_config"))
+        if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
+            raise SourceError(
+                f"The checkpoint stores sparse weights ({sparsity['format']!r:.60}), which are not read. Start from "
+                "the original model."
+            )
+        if isinstance(transforms, Mapping) and transforms.get("config_groups"):
+            raise SourceError(
+                "The checkpoint is run with transforms of activations (transform_config), which are not read. Start "
+                "from the original model."
+            )
         return CompressedTensors(quantization=quantization)
+
+    def cached(self) -> str | None:
+        return kv_cache_of(self.quantization)
 
     def find(self, module: str, parts: Mapping[str, TensorSpec]) -> Found | None:
         group = group_for(module, self.quantization.get("config_groups"))

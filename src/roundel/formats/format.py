@@ -102,6 +102,10 @@ class Format(Protocol):
     embeds: ClassVar[bool] = False  # whether readers take an embedding that is rounded
     keeps_codes: ClassVar[bool] = True  # whether what is stored are codes, not floats that are rounded once more
     rounds_inputs: ClassVar[bool] = False  # whether readers round the inputs of every layer, whatever they were before
+    floats: ClassVar[str | None] = None  # the dtype of all weights, of a format that has no codes at all
+    packs_rows: ClassVar[bool] = False  # whether every part of a layer has its rows, each packed by itself
+    in_order: ClassVar[bool] = False  # whether the file has all tensors in the source's order, biases among them
+    splits: ClassVar[bool] = False  # whether experts that the source has in one tensor are taken apart in any case
 
     @property
     def packing(self) -> str | None:
@@ -152,8 +156,13 @@ class Format(Protocol):
         return spec
 
     def keep(self, name: str, tensor: Tensor) -> Tensor:
-        """The values of a tensor that stays, as they are stored; `kept` says of which dtype."""
+        """The values of a tensor that stays, or of some of its rows, as they are stored; `kept` says of which dtype."""
         return tensor
+
+    def rows_together(self, tensor: str) -> int:
+        """Rows of a tensor that go together: `keep`, and `pack` where it `packs_rows`, take any number of such runs, in
+        order."""
+        return 1
 
     def name_of(self, tensor: str, config: Mapping[str, object]) -> str | None:
         """What a checkpoint of this format, when it is read, calls a tensor of the model it was made from, whose
@@ -208,6 +217,11 @@ class Format(Protocol):
     def find(self, module: str, parts: Mapping[str, TensorSpec]) -> Found | None:
         """Whether these tensors are one layer of this format. Raises SourceError when one of them is missing."""
         ...
+
+    def cached(self) -> str | None:
+        """How the checkpoint that is read has keys and values rounded in the cache: "fp8" by one stored scale each, or
+        other words; None: not at all."""
+        return None
 
     def stack(self, module: str) -> tuple[str, int] | None:
         """For a format that has all experts of a block in one tensor [experts, ...]: the name of the module that holds

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from roundel.errors import SourceError
+from roundel.formats.compressed_config import kv_cache_of
 from roundel.formats.floats import (
     decode_blocks,
     find_fp8,
@@ -113,13 +114,17 @@ class ModelOpt(Format):
     name: ClassVar[str] = "modelopt"
     summary: ClassVar[str] = "NVFP4 and FP8 of NVIDIA Model Optimizer, read only"
     writes: ClassVar[bool] = False
+    quantization: Mapping[str, object] = field(default_factory=dict)
 
     def unpack(self, layer: Layer, stored: Mapping[str, Tensor]) -> QuantizedTensor:
         assert layer.stored.scheme is not None
         return unpack_nvfp4(layer, stored) if layer.stored.scheme.bits == 4 else unpack_fp8(layer, stored)
 
     def recognize(self, quantization: Mapping[str, object]) -> Format | None:
-        return self if quantization.get("quant_method") == "modelopt" else None
+        return ModelOpt(quantization=quantization) if quantization.get("quant_method") == "modelopt" else None
+
+    def cached(self) -> str | None:
+        return kv_cache_of(self.quantization)
 
     def find(self, module: str, parts: Mapping[str, TensorSpec]) -> Found | None:
         return find_nvfp4(module, parts) or find_fp8(module, parts, BLOCK.weight.block)

@@ -6,8 +6,9 @@
     scale, zero  floats [groups, 1]:  weight = (code - zero) * scale
     shape, nbits, group_size, axis, packing, view_as_float, ...   each in a small tensor, texts as one byte a letter
 Source: hqq 0.2.8.post1, which reads what is written here. Groups lie along the input (axis 1); rows are whole groups.
-Zero points of HQQ's own solver are no whole numbers; they are read as floats. transformers 5.23.0 has no HQQ any more
-("not available yet"), so it loads none of these. Not read: axis 0, scales that are quantized themselves, float views.
+Zero points of HQQ's own solver are no whole numbers; they are read and written as floats. transformers 5.23.0 has no
+HQQ any more ("not available yet"), so it loads none of these. Not read: axis 0, scales that are quantized themselves,
+float views.
 """
 
 from __future__ import annotations
@@ -45,11 +46,12 @@ class Hqq(Format):
 
     def refuse(self, layer: Layer) -> str | None:
         scheme, grid = layer.scheme, layer.scheme.weight
-        if not grid.is_integer or grid.rule != "range" or scheme.input is not None:
+        floats = grid.element.is_integer and grid.zero == "float" and grid.scale in FLOATS
+        if not (grid.is_integer or floats) or grid.rule != "range" or scheme.input is not None:
             return f"{self.name} stores weight-only integers, {scheme.name} is none"
         if layer.permuted:
             return f"{self.name} cannot store which group each column belongs to"
-        if scheme.bits not in WRITTEN:
+        if scheme.bits not in (PER_WORD if floats else WRITTEN):
             return f"{self.name} stores 2, 3, 4, 5, 6 or 8 bits, {scheme.name} asks for {scheme.bits}"
         columns, groups = grid.block_of(layer.shape)[1], grid.blocks(layer.shape)
         if layer.shape[1] % columns:
@@ -118,8 +120,9 @@ class Hqq(Format):
             "quant_config": {"weight_quant_params": _params(default), "scale_quant_params": None,
                              "zero_quant_params": None, "offload_meta": False},
             "skip_modules": [module for module in contents.kept if module != contents.embedding],
-            "provider": "roundel",  # for our reader: zero points are whole, and of which kind
+            "provider": "roundel",  # for our reader: zero points are whole but those of zero_floats, and of which kind
             "sym": symmetric,
+            "zero_floats": [layer.name for layer in contents.layers if layer.scheme.weight.zero == "float"],
             "sym_exceptions": [layer.name for layer in others if layer.scheme.weight.symmetric != symmetric],
         }  # fmt: skip
 
@@ -176,7 +179,8 @@ class Hqq(Format):
         return Found(shape=(out, width), scheme=scheme, parts=("W_q", "scale", "zero", *TOLD))
 
     def _scheme(self, module: str, bits: int, columns: int, dtype: str) -> Scheme:
-        ours = self.quantization.get("provider") == "roundel"
+        floats = self.quantization.get("zero_floats")
+        ours = self.quantization.get("provider") == "roundel" and not (isinstance(floats, list) and module in floats)
         symmetric, others = self.quantization.get("sym") is True, self.quantization.get("sym_exceptions")
         symmetric = ours and symmetric != (isinstance(others, list) and module in others)
         element = ELEMENTS[f"{'int' if symmetric else 'uint'}{bits}"]
@@ -210,7 +214,7 @@ def _told(layer: Layer) -> dict[str, int | bool | str]:
         "stores_quant_config": True,
         "channel_wise": True,
         "optimize": True,
-        "round_zero": True,
+        "round_zero": grid.zero == "code",
     }
 
 

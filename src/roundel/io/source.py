@@ -348,6 +348,8 @@ def small_files(source: Source) -> Mapping[str, int]:
         "config.json",
         "quantization_config.json",
         "quantize_config.json",
+        "quant_config.json",
+        "hf_quant_config.json",
         "README.md",
         "recipe.json",
         "report.json",

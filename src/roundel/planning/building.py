@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from roundel.cached import Carried, carried_cache
 from roundel.checkpoint import Checkpoint, Matrix
 from roundel.choosing import Choice, choose, choose_conversions, head_asked, layers_of, settle
 from roundel.errors import PlanError
@@ -17,6 +18,7 @@ from roundel.planning.plan import Kept, Output, Plan, Work, most_common
 from roundel.planning.units import check_measured, in_units, with_caches
 from roundel.planning.works import works_of
 from roundel.recipe import Recipe, parse_size
+from roundel.tensor import TensorSpec
 from roundel.unit import Layer
 
 __all__ = ["build_plan"]
@@ -45,10 +47,12 @@ def build_plan(
         else None
     )
     formats = _formats(checkpoint, recipe, shapes)
+    _check_deciding(formats, recipe)
+    floats = formats[0].floats is not None
     choices = _choices(checkpoint, recipe, matrices, formats, problems)
     choices |= {name: Choice(scheme=None, origin=reason) for name, reason in demoted.items()}
     layers = layers_of(matrices, choices, formats, recipe, problems)
-    if not layers and not problems:
+    if not layers and not problems and not floats:
         problems.append(
             f"No layer of {checkpoint.source.name} would be rounded: every matrix is kept "
             f"({'; '.join(dict.fromkeys(c.origin for c in choices.values()))}). Change what is ignored or kept."
@@ -56,11 +60,13 @@ def build_plan(
     settled = settle(formats, layers, problems)
     if problems:
         raise PlanError(problems)
-    works = _pieces(checkpoint, recipe, matrices, layers, settled)
+    cache = carried_cache(checkpoint, settled, recipe.kv_cache)
+    works = _pieces(checkpoint, recipe, matrices, layers, settled, cache)
     check_stacks(layers, choices, settled)
-    check_names(works, settled, checkpoint.source.name)
+    order = {name: i for i, name in enumerate(checkpoint.source.tensors)}
+    check_names(works, settled, order, checkpoint.source.name)
     kept = tuple(
-        Kept(name=m.name, shape=m.shape, dtype=m.dtype, reason=choices[m.name].origin)
+        Kept(name=m.name, shape=m.shape, dtype=_kept_dtype(m, settled[0]), reason=choices[m.name].origin)
         for m in matrices.values()
         if choices[m.name].scheme is None
     )
@@ -71,7 +77,7 @@ def build_plan(
         blocks=_blocks(family.blocks, layers),
         head=family.head,
         embedding=family.embedding.removesuffix(".weight"),
-        kv_cache=recipe.kv_cache,
+        kv_cache=recipe.kv_cache or cache.scheme,
     )
     return Plan(
         recipe=recipe,
@@ -83,7 +89,7 @@ def build_plan(
         layers=tuple(layers),
         origins={layer.name: choices[layer.name].origin for layer in layers},
         kept=kept,
-        outputs=tuple(_output(format, contents, works, recipe) for format in settled),
+        outputs=tuple(_output(format, contents, works, recipe, order) for format in settled),
         untied=untied,
         source_bytes=sum(s.nbytes for s in checkpoint.source.tensors.values()),
         demoted=dict(demoted),
@@ -92,6 +98,7 @@ def build_plan(
         notes=(
             *(seen[1] if seen else ()),
             *notes_of(checkpoint, layers, matrices, demoted, untied),
+            *cache.notes,
             *(caveat for format in settled for caveat in format.caveats(contents)),
         ),
     )
@@ -131,7 +138,8 @@ def _choices(
 ) -> dict[str, Choice]:
     if recipe.conversion is None:
         return choose(matrices, recipe, checkpoint.family.head, problems, formats)
-    if all(matrix.stored.scheme is None for matrix in checkpoint.matrices.values()):
+    is_float = all(matrix.stored.scheme is None for matrix in checkpoint.matrices.values())
+    if is_float and formats[0].floats is None:
         raise PlanError(
             f"{checkpoint.source.name} is not quantized, so there is nothing to convert. Use roundel quantize to round "
             "its weights."
@@ -146,19 +154,45 @@ def _pieces(
     matrices: Mapping[str, Matrix],
     layers: Sequence[Layer],
     formats: Sequence[Format],
+    cache: Carried,
 ) -> tuple[Work, ...]:
     """The work: by layers and tensors or, where a step looks at data, by units."""
-    works = works_of(checkpoint, matrices, {layer.name: layer for layer in layers})
+    splits = any(format.splits for format in formats)
+    works = works_of(checkpoint, matrices, {layer.name: layer for layer in layers}, splits, cache.left)
     if recipe.reads_activations:
         works = in_units(works, checkpoint, recipe.chain.blocks_at_a_time)
         check_measured(works)
     return with_caches(works, formats) if recipe.kv_cache is not None else works
 
 
-def _output(format: Format, contents: Contents, works: Sequence[Work], recipe: Recipe) -> Output:
+def _output(
+    format: Format, contents: Contents, works: Sequence[Work], recipe: Recipe, order: Mapping[str, int]
+) -> Output:
     layers = contents.layers
-    shards = format.lay_out(specs_of(works, format), layers, parse_size(recipe.shard_size), stacks_of(layers, format))
+    shards = format.lay_out(
+        specs_of(works, format, order), layers, parse_size(recipe.shard_size), stacks_of(layers, format)
+    )
     return Output(format=format, config=format.config(contents), shards=shards)
+
+
+def _check_deciding(formats: Sequence[Format], recipe: Recipe) -> None:
+    """A format that decides on schemes itself has no other beside it, and one of floats has nothing to be chosen."""
+    deciding = [f.name for f in formats if f.schemes() is not None]
+    if deciding and len(formats) > 1:
+        others = ", ".join(f.name for f in formats if f.name != deciding[0])
+        raise PlanError(
+            f"{deciding[0]} decides how every tensor is stored, and {others} cannot share that. Write it alone."
+        )
+    if formats[0].floats is not None and recipe.algorithm != Recipe.algorithm and not recipe.layer_config:
+        raise PlanError(
+            f"{formats[0].name} rounds nothing to codes, so {recipe.algorithm} has nothing to choose. Drop --algorithm."
+        )
+
+
+def _kept_dtype(matrix: Matrix, format: Format) -> str:
+    """As a matrix that stays is written; as it is read, where it is left out."""
+    stored = format.kept(TensorSpec(f"{matrix.name}.weight", matrix.dtype, matrix.shape))
+    return matrix.dtype if stored is None else stored.dtype
 
 
 def _blocks(lists: Sequence[str], layers: Sequence[Layer]) -> list[str]:

@@ -11,25 +11,36 @@ from roundel.formats import Format
 from roundel.formats.format import CACHE_PARTS
 from roundel.io.safetensors import stacked
 from roundel.planning.plan import Work
+from roundel.planning.works import tensors_of
 from roundel.tensor import TensorSpec
 from roundel.unit import Layer
 
 __all__ = ["check_names", "check_stacks", "specs_of", "stacks_of"]
 
 
-def specs_of(works: Sequence[Work], format: Format) -> list[TensorSpec]:
-    """Every tensor of a format's files, those of experts each by itself."""
-    specs: list[TensorSpec] = []
+def specs_of(works: Sequence[Work], format: Format, order: Mapping[str, int]) -> list[TensorSpec]:
+    """Every tensor of a format's files by its name in the plan, those of experts each by itself.
+
+    order   of the source's tensors
+    """
+    placed: list[tuple[int, TensorSpec]] = []
     for work in works:
+        first = min(order[tensor] for tensor in tensors_of(work))
         for layer in work.rounded:
-            specs += [TensorSpec(f"{layer.name}.{s.name}", s.dtype, s.shape) for s in format.outputs(layer)]
-        specs += [TensorSpec(f"{module}.{part}", "F32", (1,)) for module in work.caches for part in CACHE_PARTS]
+            at = min(order[piece.tensor] for piece in layer.stored.parts.values())
+            parts = format.outputs(layer)
+            placed += [(at, TensorSpec(f"{layer.name}.{s.name}", s.dtype, s.shape)) for s in parts]
+        placed += [
+            (first, TensorSpec(f"{module}.{part}", "F32", (1,))) for module in work.caches for part in CACHE_PARTS
+        ]
         decoded = work.decodes if work.layer is None or work.kind == "round" else (work.layer,)
-        stay = [TensorSpec(layer.tensor, layer.dtype, layer.shape) for layer in decoded]
-        kept = (format.kept(spec) for spec in (*stay, *(c.spec for c in work.copies)))
-        specs += [spec for spec in kept if spec is not None]
-    extras = format.extras().items()
-    return specs + [TensorSpec(name, "F32", tuple(tensor.shape)) for name, tensor in extras]
+        stay = [(first, TensorSpec(layer.tensor, layer.dtype, layer.shape)) for layer in decoded]
+        stay += [(order[copy.piece.tensor], copy.spec) for copy in work.copies]
+        placed += [(at, kept) for at, spec in stay if (kept := format.kept(spec)) is not None]
+    if format.in_order:
+        placed.sort(key=lambda found: found[0])  # stable
+    extras = [TensorSpec(name, "F32", tuple(tensor.shape)) for name, tensor in format.extras().items()]
+    return extras + [spec for _, spec in placed]
 
 
 def stacks_of(layers: Sequence[Layer], format: Format) -> dict[str, tuple[str, int]]:
@@ -64,10 +75,10 @@ def check_stacks(layers: Sequence[Layer], choices: Mapping[str, Choice], formats
         raise PlanError(problems)
 
 
-def check_names(works: Sequence[Work], formats: Sequence[Format], source: str) -> None:
+def check_names(works: Sequence[Work], formats: Sequence[Format], order: Mapping[str, int], source: str) -> None:
     """A file holds a name once, and a journal too."""
     layers = [layer for work in works for layer in work.rounded]
-    files = [stacked(specs_of(works, f), stacks_of(layers, f)) for f in formats]
+    files = [stacked(specs_of(works, f, order), stacks_of(layers, f)) for f in formats]
     for names in ([w.name for w in works], *([s.name for s in specs] for specs in files)):
         if len(set(names)) < len(names):
             double = Counter(names).most_common(1)[0][0]

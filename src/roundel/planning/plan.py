@@ -17,7 +17,7 @@ from roundel.formats import Format
 from roundel.importance import Importances
 from roundel.io.safetensors import ShardLayout
 from roundel.recipe import Recipe
-from roundel.scheme import Scheme
+from roundel.scheme import PRESETS, Scheme
 from roundel.tensor import TensorSpec
 from roundel.unit import Layer, Piece
 
@@ -142,13 +142,16 @@ class Plan:
         }
 
     @property
-    def default(self) -> Scheme:
-        return most_common(self.layers)
-
-    @property
     def parameters(self) -> int:
         """Weights in the layers that are rounded."""
         return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def extent(self) -> str:
+        """What is rounded, and how wide it is stored, in words."""
+        if not self.layers:
+            return "no layer is rounded"
+        return f"{len(self.layers)} layers at {self.bits_per_weight:.3f} bits per weight"
 
     @property
     def bits_per_weight(self) -> float:
@@ -162,5 +165,8 @@ class Plan:
 
 
 def most_common(layers: Sequence[Layer]) -> Scheme:
-    """The scheme that most layers have; the first of these, where several do."""
+    """The scheme that most layers have; the first of these, where several do. Of no layers a nominal one, which nobody
+    looks at."""
+    if not layers:
+        return PRESETS["W8A16"]
     return Counter(layer.scheme for layer in layers).most_common(1)[0][0]

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from roundel.formats import Format
-from roundel.fusion import fuses, slab_rows
+from roundel.fusion import SLAB_BYTES, fuses, goes_by_rows, slab_rows
 from roundel.planning.plan import Plan, Work
 from roundel.recipe import Recipe
 from roundel.tensor import ITEMSIZE
 
 __all__ = ["PART_TOKENS", "expected_peak", "frontier_bytes", "part_of", "unit_memory"]
 
+COPY_FACTOR = 8  # of a slab of what is copied in another dtype: stored, in float32, and what it becomes
 COPY_BYTES = 8 << 20  # a copy goes from file to file, at most through a buffer of this size
 BASE_PLAIN = 141 << 20  # interpreter, numpy, numba, rich: measured
 BASE_WITH_TORCH = 330 << 20  # the same with torch: measured
+TOKENIZER_BYTES = 105 << 20  # of transformers, by which GGUF's vocabulary is read: measured
 FLOAT_BYTES = 17  # for each weight of a matrix on its way through torch: stored, decoded thrice over, codes
 PART_TOKENS = 2048  # run at once on CPU where only outputs count: more is not faster, and takes memory
 EXPERTS_A_TOKEN = 4
@@ -26,13 +28,17 @@ COMPARED_BYTES = 24 << 20  # of float64, while a matrix is compared with what it
 def expected_peak(plan: Plan, workers: int, device: str = "cpu") -> int:
     """Bytes of memory the run is expected to reach, the interpreter and its libraries included."""
     algorithm, formats = plan.recipe.chain.algorithm, [o.format for o in plan.outputs]
-    sizes, needs_torch = [], device != "cpu"
+    sizes, needs_torch, copied = [], device != "cpu", all(format.copies for format in formats)
     for work in plan.works:
-        plain = work.kind == "copy" and all(c.piece.is_whole for c in work.copies)
-        fused = work.kind == "round" and work.layer is not None and fuses(work.layer, formats, algorithm, device)
+        plain = work.kind == "copy" and copied and all(c.piece.is_whole for c in work.copies)
+        layer = work.layer if work.kind == "round" else None
+        fused = layer is not None and fuses(layer, formats, algorithm, device)
         needs_torch |= not (plain or fused)
-        sizes.append(_working_bytes(work, formats, fused, plain))
-    base = BASE_WITH_TORCH if needs_torch else BASE_PLAIN
+        if not fused and layer is not None and goes_by_rows(layer, formats, algorithm, device):
+            sizes.append(min(layer.parameters, SLAB_BYTES // ITEMSIZE[layer.dtype]) * FLOAT_BYTES)
+        else:
+            sizes.append(_working_bytes(work, formats, fused, plain))
+    base = (BASE_WITH_TORCH if needs_torch else BASE_PLAIN) + (0 if copied else TOKENIZER_BYTES)
     apart = sum(sorted(sizes, reverse=True)[:workers])
     return base + max(apart, sum(unit_memory(plan, device)))
 
@@ -80,7 +86,9 @@ def _working_bytes(work: Work, formats: Sequence[Format], fused: bool, plain: bo
     if work.kind == "unit":
         return 0
     if work.layer is None:
-        return sum(2 * c.spec.nbytes for c in work.copies)
+        return max(
+            COPY_FACTOR * min(c.spec.nbytes, SLAB_BYTES if c.piece.in_rows else c.spec.nbytes) for c in work.copies
+        )
     layer = work.layer
     packed = sum(s.nbytes for f in formats for s in f.outputs(layer)) if work.kind == "round" else layer.parameters * 2
     if fused:

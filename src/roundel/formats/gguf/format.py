@@ -54,6 +54,9 @@ class Gguf(Format):
     summary: ClassVar[str] = "one GGUF file: llama.cpp and what is built on it; gguf:TYPE for its mixtures"
     copies: ClassVar[bool] = False
     embeds: ClassVar[bool] = True
+    packs_rows: ClassVar[bool] = True
+    in_order: ClassVar[bool] = True
+    splits: ClassVar[bool] = True
     mixture: ClassVar[str] = ""
     model: Model | None = None
     quantization: Mapping[str, Any] = field(default_factory=dict)
@@ -112,7 +115,8 @@ class Gguf(Format):
     def pack(self, layer: Layer, weight: QuantizedTensor) -> dict[str, Tensor]:
         from roundel.formats.gguf.block_types import BLOCK_TYPES
 
-        packed, order = BLOCK_TYPES[_type(layer.scheme)].pack(weight), self._row_order(layer.tensor)
+        packed = BLOCK_TYPES[_type(layer.scheme)].pack(weight)
+        order = self._row_order(layer.tensor, len(packed))
         return {"weight": packed if order is None else packed[order]}
 
     def unpack(self, layer: Layer, stored: Mapping[str, Tensor]) -> QuantizedTensor:
@@ -121,7 +125,7 @@ class Gguf(Format):
         from roundel.formats.gguf.block_types import BLOCK_TYPES
 
         kind, packed = BLOCK_TYPES[_type(layer.stored.scheme or layer.scheme)], stored["weight"]
-        order = self._row_order(layer.tensor)
+        order = self._row_order(layer.tensor, len(packed))
         return kind.unpack(packed if order is None else packed[torch.argsort(order)].contiguous())
 
     def kept(self, spec: TensorSpec) -> TensorSpec | None:
@@ -131,13 +135,18 @@ class Gguf(Format):
             if reason is None:
                 raise PlanError(f"llama.cpp's {self._architecture} has no tensor for {spec.name} {list(spec.shape)}.")
             return None
-        return replace(spec, dtype="F32") if is_float32(name, spec.shape) else spec
+        dtype = "F32" if is_float32(name, spec.shape) else self.floats
+        return spec if dtype is None else replace(spec, dtype=dtype)
 
     def keep(self, name: str, tensor: Tensor) -> Tensor:
-        offset, order = norm_offset(name, self._architecture), self._row_order(name)
+        offset, order = norm_offset(name, self._architecture), self._row_order(name, len(tensor))
         if order is not None:
             tensor = tensor[order]
         return tensor.float() + offset if offset else tensor
+
+    def rows_together(self, tensor: str) -> int:
+        permuted = rows_permuted(tensor, self._settings, self._architecture)
+        return 1 if permuted is None else permuted[1]
 
     def name_of(self, tensor: str, config: Mapping[str, object]) -> str | None:
         try:
@@ -216,21 +225,24 @@ class Gguf(Format):
         cut = latent_cuts(module, self._settings)[module]
         return (cut.heads, shape[0] // cut.heads, *shape[1:])
 
-    def _row_order(self, tensor: str) -> Tensor | None:
+    def _row_order(self, tensor: str, rows: int) -> Tensor | None:
+        """Of so many of a tensor's rows, whole heads."""
         import torch
 
-        if self.model is None:
+        if self.model is None or (size := self.rows_together(tensor)) == 1:
             return None
-        permuted = rows_permuted(tensor, self._settings, self._architecture)
-        return None if permuted is None else torch.from_numpy(row_order(*permuted))
+        if rows % size:
+            raise SourceError(f"{tensor} has {rows} rows, no whole heads of {size}. Fetch config.json again.")
+        return torch.from_numpy(row_order(rows // size, size))
 
 
 def gguf_variant(mixture: str) -> Format:
     """`gguf:MIXTURE`. Raises RecipeError for a mixture that is not known."""
     from roundel.formats.gguf.mixtures import mixture as known
 
-    found = known(mixture).name
-    variant: Format = type(f"Gguf_{found}", (Gguf,), {"name": f"gguf:{found}", "mixture": found})()
+    found = known(mixture)
+    own = {"name": f"gguf:{found.name}", "mixture": found.name, "floats": found.type if found.is_float else None}
+    variant: Format = type(f"Gguf_{found.name}", (Gguf,), own)()
     return variant
 
 

@@ -34,6 +34,11 @@ class Mixture:
     type: str
     importance: bool = False
 
+    @property
+    def is_float(self) -> bool:
+        """Whether nothing is rounded to codes."""
+        return self.type in ("F32", "F16", "BF16")
+
 
 MIXTURES: dict[str, Mixture] = {
     each.name: each
@@ -64,7 +69,6 @@ MIXTURES: dict[str, Mixture] = {
     )
 }
 FILE_TYPES: dict[str, int] = {name: each.file_type for name, each in MIXTURES.items()}
-_FLOATS = ("F32", "F16", "BF16")
 _NARROWER = {  # where a row is no whole blocks of 256, a type with blocks of 32
     "IQ4_XS": "IQ4_NL", "Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "Q4_K": "Q5_0",
     "Q5_K": "Q5_1", "Q6_K": "Q8_0",
@@ -129,7 +133,7 @@ def type_of(tensor: GgufTensor, mixed: Mixture, model: MixedModel) -> str:
     """
     if not _may_be_rounded(tensor):
         return tensor.type
-    if mixed.type in _FLOATS:
+    if mixed.is_float:
         return mixed.type
     matched = _BLOCK.fullmatch(tensor.name)
     part, layer = (matched[2], int(matched[1])) if matched else (tensor.name, 0)
