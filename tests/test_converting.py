@@ -18,6 +18,7 @@ from models.pico import build, build_fp8, build_mxfp4, build_nvfp4
 from roundel.algorithms import Rtn
 from roundel.checkpoint import open_checkpoint
 from roundel.converting import convert_layer
+from roundel.data.bundled import bundled_model
 from roundel.errors import ConversionError, NumericsError, PlanError, RecipeError
 from roundel.formats import FORMATS, Contents, Format, reader_of
 from roundel.holding import exact_scheme, nearest_scheme
@@ -181,6 +182,13 @@ def test_fake_takes_everything_and_says_what_the_dtype_costs(tmp_path: Path) -> 
     assert torch.equal(after.weights(after.matrices[UP].layer()), before.weights(before.layers[UP]).bfloat16())
     before.close()
     after.close()
+
+
+def test_fake_of_a_file_whose_embedding_is_rounded(tmp_path: Path) -> None:
+    roundel.quantize(bundled_model(), tmp_path / "q", format="gguf:q8_0")
+    report = roundel.convert(tmp_path / "q", tmp_path / "out", format="fake")
+    assert [row.name for row in report.rows if row.kind == "decode" and row.sqnr is None] == ["model.embed_tokens"]
+    assert verify(tmp_path / "out", tmp_path / "q").passed
 
 
 def test_refused_before_any_work(tmp_path: Path) -> None:

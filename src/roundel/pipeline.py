@@ -216,7 +216,7 @@ class _Loop:
             return Row(name=work.name, kind=work.kind, nbytes=tuple(nbytes), note="; ".join(notes) or None)
         layer, formats = work.layer, [o.format for o in self.plan.outputs]
         if work.kind == "decode":
-            row = self._decode(layer, nbytes)
+            row = self._decode(layer, nbytes, stays=True)
             return replace(row, kind=work.kind, nbytes=tuple(nbytes))
         if self.plan.recipe.conversion is not None and layer.stored.scheme is not None:
             row = self._convert(layer, work.beside, nbytes)
@@ -236,8 +236,11 @@ class _Loop:
             row = self._round(layer, work.beside, nbytes)
         return replace(row, kind=work.kind, nbytes=tuple(nbytes))
 
-    def _decode(self, layer: Layer, nbytes: list[int]) -> Row:
-        """A packed matrix as floats. In a conversion these must hold what it decodes to, or the loss is told."""
+    def _decode(self, layer: Layer, nbytes: list[int], *, stays: bool) -> Row:
+        """A packed matrix as floats. In a conversion these must hold what it decodes to, or the loss is told.
+
+        stays   whether it has no scheme in the plan
+        """
         weight, conversion = self.checkpoint.weights(layer), self.plan.recipe.conversion
         spec, format = TensorSpec(layer.tensor, layer.dtype, layer.shape), self.plan.outputs[0].format
         for number in range(len(self.shards)):
@@ -248,13 +251,13 @@ class _Loop:
         errors = errors_of(weight, weight.to(torch_dtype(dtype)).float())
         if errors.noise and conversion == "exact" and format.keeps_codes:
             raise inexact(layer, f"it becomes {dtype}, which does not hold its numbers", format)
-        return decoded_row(layer, dtype, errors) if format.keeps_codes else converted_row(layer, None, errors)
+        return decoded_row(layer, dtype, errors) if stays else converted_row(layer, None, errors)
 
     def _convert(self, layer: Layer, beside: Sequence[Layer], nbytes: list[int]) -> Row:
         """A quantized layer to another format."""
         format = self.plan.outputs[0].format
         if not format.keeps_codes:
-            return self._decode(layer, nbytes)
+            return self._decode(layer, nbytes, stays=False)
         stored, reader = self.checkpoint.unpack(layer), self.checkpoint.reader
         assert reader is not None
         weight = layer.stored.part(reader.decode(stored))
