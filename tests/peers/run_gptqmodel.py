@@ -51,7 +51,7 @@ def words(scheme: Scheme, shape: tuple[int, int]) -> dict[str, float]:
     zeros = torch.full(quantized.scale.shape, middle) if quantized.zero is None else quantized.zero.int()
     theirs.pack(linear, quantized.scale.float(), zeros.float(), parts["g_idx"])
     same = sum(int((getattr(theirs, name) != part).sum()) for name, part in parts.items())
-    held = filled(TorchLinear(**arguments(scheme, shape), bias=False), parts)
+    held = filled(TorchLinear, layer_of(scheme, shape), parts)
     held.scales = held.scales.float()
     held.post_init()
     x = torch.randn(7, shape[1], generator=torch.Generator().manual_seed(1))
