@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import roundel
 from formats.test_gguf import tokenized
 from models.pico import build
-from roundel.calibration.tokens import load_tokenizer
+from roundel.calibration.tokenizer import load_tokenizer
 from roundel.checkpoint import open_checkpoint
 from roundel.data.bundled import bundled_model
 from roundel.errors import PlanError, SourceError

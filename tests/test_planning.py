@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+import roundel
 from models.pico import PICO_TYPES, build
 from roundel.checkpoint import open_checkpoint
+from roundel.data.bundled import bundled_model
 from roundel.errors import PlanError
 from roundel.planning import Plan, build_plan
 from roundel.recipe import Recipe
@@ -174,3 +176,9 @@ def test_a_routers_name_does_not_reach_the_gate_projections(tmp_path: Path) -> N
     assert not any("gate_proj" in k.name for k in plan.kept)
     with pytest.raises(PlanError, match="matches only matrices that are kept"):
         plan_of(folder, scheme="W4A16G32", layer_config={"gate": "W8A16G32"})
+
+
+@pytest.mark.parametrize("formats", ["gguf:q4_0,gguf:q8_0", "gguf:f16,fake", "fake,gguf:f16"])
+def test_formats_that_decide_are_not_written_together(formats: str) -> None:
+    with pytest.raises(PlanError, match=r"decides how every tensor is stored, and .* cannot share that"):
+        roundel.plan(bundled_model(), format=formats)

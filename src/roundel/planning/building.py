@@ -176,13 +176,13 @@ def _output(
 
 
 def _check_deciding(formats: Sequence[Format], recipe: Recipe) -> None:
-    """A format that decides on schemes itself has no other beside it, and one of floats has nothing to be chosen."""
+    """One format at most decides on schemes itself; one of floats has none beside it, and nothing to be chosen."""
     deciding = [f.name for f in formats if f.schemes() is not None]
-    if deciding and len(formats) > 1:
-        others = ", ".join(f.name for f in formats if f.name != deciding[0])
-        raise PlanError(
-            f"{deciding[0]} decides how every tensor is stored, and {others} cannot share that. Write it alone."
-        )
+    whole = [f.name for f in formats if f.floats is not None]
+    if len(deciding) > 1 or (whole and len(formats) > 1):
+        first = (whole or deciding)[0]
+        others = ", ".join(f.name for f in formats if f.name != first)
+        raise PlanError(f"{first} decides how every tensor is stored, and {others} cannot share that. Write it alone.")
     if formats[0].floats is not None and recipe.algorithm != Recipe.algorithm and not recipe.layer_config:
         raise PlanError(
             f"{formats[0].name} rounds nothing to codes, so {recipe.algorithm} has nothing to choose. Drop --algorithm."
