@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import roundel
+from formats.test_gguf import tokenized
 from models.pico import build
 from models.raw import hashes, plant, spot
 from roundel import pipeline
@@ -66,6 +67,24 @@ def test_workers_make_no_difference(model_type: str, options: dict[str, Any], tm
         roundel.quantize(model, out, workers=workers, **options)
         found.append(hashes(out))
     assert found[0] == found[1] == found[2]
+
+
+def test_a_note_on_one_format_leaves_the_others_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tokenized(build("gpt_oss", tmp_path / "model"))  # each expert's bias is a part of a tensor of the source's
+    options: dict[str, Any] = {"format": "gguf:q8_0,fake"}
+    roundel.quantize(model, tmp_path / "plain", **options)
+    restate = pipeline._Loop._restate
+
+    def noting(loop: pipeline._Loop, *given: Any) -> str:
+        return restate(loop, *given) or "a note"
+
+    monkeypatch.setattr(pipeline._Loop, "_restate", noting)
+    roundel.quantize(model, tmp_path / "noted", **options)
+    plain, noted = (
+        {name: found for name, found in hashes(tmp_path / folder).items() if not name.endswith("report.json")}
+        for folder in ("plain", "noted")
+    )
+    assert plain == noted and any(name.endswith(".gguf") for name in plain)
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W3A16G32_ASYM", "W2A16", "W8A16_ASYM", "MXFP4", "MXFP8"])

@@ -329,7 +329,7 @@ class _Loop:
             descriptor, begin = self.checkpoint.source.place(copy.piece.tensor)
             self.shards[number][copy.spec.name].copy(copy.spec.name, descriptor, begin)
             nbytes[number] += copy.spec.nbytes
-        notes = (self._restate(number, copy, nbytes) for number, _ in outputs if number not in as_it_is)
+        notes = [self._restate(number, copy, nbytes) for number, _ in outputs if number not in as_it_is]
         return next((note for note in notes if note is not None), None)
 
     def _restate(self, number: int, copy: Copy, nbytes: list[int]) -> str | None:
