@@ -69,6 +69,12 @@ def test_tied_heads_and_experts(tmp_path: Path) -> None:
         assert verify(out, model).problems == ()
 
 
+def test_a_kept_tensor_without_elements(model: Path, tmp_path: Path) -> None:
+    raw_file(model / "empty.safetensors", {"none": {"dtype": "BF16", "shape": [0, 4], "data_offsets": [0, 0]}})
+    roundel.quantize(model, tmp_path / "out")
+    assert verify(tmp_path / "out", model).problems == ()
+
+
 def test_a_flipped_byte_of_codes(model: Path, out: Path) -> None:
     path, begin, end = spot(out, f"{NAME}.qweight")
     with path.open("r+b") as file:

@@ -154,7 +154,7 @@ def _check_kept(checkpoint: Checkpoint, name: str, origin: _Origin | None) -> Ch
     theirs = origin.spec(name) if origin is not None else None
     for start, stop in _slabs(spec.shape, spec.nbytes):
         raw = checkpoint.source.read(Piece(tensor=name, start=start, stop=stop))
-        bad = first_not_finite(torch.from_numpy(raw).view(torch_dtype(spec.dtype)).view(1, -1))
+        bad = first_not_finite(torch.from_numpy(raw).view(torch_dtype(spec.dtype))[None])
         if bad is not None:
             return Check(
                 name=name, scheme=spec.dtype, problem=f"value {bad[1]} of rows {start} to {stop} is not finite"
