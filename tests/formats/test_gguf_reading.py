@@ -292,3 +292,21 @@ def test_rotary_frequencies_in_a_list(tmp_path: Path) -> None:
     embedded: Any = roundel.load(bare).model.rotary_emb
     assert np.allclose(embedded.inv_freq.numpy(), inverse, rtol=1e-6) and embedded.attention_scaling == 1.0
     assert isinstance(header, GgufHeader)
+
+
+def test_matrices_that_are_stored_otherwise_are_read_not_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roundel.quantize(tokenized(build("llama", tmp_path / "model")), tmp_path / "out", format="gguf:bf16")
+    checkpoint = open_checkpoint(tmp_path / "out")
+    wanted = {name: checkpoint.tensor(name) for name in checkpoint.tensor_names}
+    place, copied = GgufSource.place, []
+
+    def noting(source: GgufSource, name: str) -> tuple[int, int]:
+        copied.extend([name] if source._held[name].is_changed else [])
+        return place(source, name)
+
+    monkeypatch.setattr(GgufSource, "place", noting)
+    found = {name: checkpoint.mapped(name) for name in checkpoint.tensor_names}
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted) and not copied
+    checkpoint.close()

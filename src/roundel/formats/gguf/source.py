@@ -194,6 +194,9 @@ class GgufSource(Source):
         super().read_rows(Piece(tensor=piece.tensor), begin, slab)
         into.reshape(-1)[:] = held.restored(slab)[first - begin :][:count].reshape(-1)
 
+    def mapped(self, name: str) -> np.ndarray:
+        return self.read(Piece(tensor=name)) if self._held[name].is_changed else super().mapped(name)
+
     def place(self, name: str) -> tuple[int, int]:
         if not self._held[name].is_changed:
             return super().place(name)
