@@ -46,7 +46,20 @@ def openings(path: Path) -> None:
 
 
 def survived(path: Path, read: Callable[[Path], Any], size: int) -> bool:
-    """Whether a file was refused. Fails where it is neither, or takes memory beyond what its size explains."""
+    """Whether a file was refused. Fails where it is neither, or takes memory beyond what its size explains.
+
+    What the first reading of a kind imports and compiles is not the file's: one that took too much is read again.
+    """
+    allowed = 40 * size + (1 << 22)
+    refused, taken = _read(path, read)
+    if taken >= allowed:
+        refused, taken = _read(path, read)
+    assert taken < allowed
+    return refused
+
+
+def _read(path: Path, read: Callable[[Path], Any]) -> tuple[bool, int]:
+    """Whether a file was refused, and the bytes at the peak of reading it."""
     tracemalloc.reset_peak()
     before = tracemalloc.get_traced_memory()[0]
     refused = False
@@ -59,8 +72,7 @@ def survived(path: Path, read: Callable[[Path], Any], size: int) -> bool:
     except QuantizationError as error:
         assert str(error)
         refused = True
-    assert tracemalloc.get_traced_memory()[1] - before < 40 * size + (1 << 22)
-    return refused
+    return refused, tracemalloc.get_traced_memory()[1] - before
 
 
 def test_damaged_files_are_read_or_refused(tmp_path: Path) -> None:
