@@ -94,16 +94,9 @@ class Units:
         from roundel.calibration.streams import Streams
 
         checkpoint, calibration = self.checkpoint, self.calibration
-        self.skeleton: Skeleton = Skeleton(
-            checkpoint.source.config,
-            checkpoint.family,
-            checkpoint.tensor_names,
-            folder=checkpoint.source.small_folder(),
-            device=self.device,
-            dtype=torch.float32,
-            trust_remote_code=calibration.trust_remote_code,
+        self.skeleton: Skeleton = Skeleton.of(
+            checkpoint, device=self.device, trust_remote_code=calibration.trust_remote_code
         )
-        self.skeleton.check_shapes(checkpoint.shape)
         self.blocks: dict[str, Block] = {b.name: b for b in (*self.skeleton.blocks, self.skeleton.tail)}
         needed = frontier_bytes(self.plan, self.skeleton.hidden, self.samples, self.tokens)
         held = calibration.offload == "ram" or (calibration.offload == "auto" and needed < self.free_memory // 2)

@@ -42,7 +42,7 @@ class Estimate:
 
 
 def estimate(plan: Plan, checkpoint: Checkpoint) -> Estimate:
-    """Raises PlanError when the model cannot be run block by block."""
+    """Raises PlanError when the model cannot be run block by block, SourceError when a tensor has another shape."""
     import torch
 
     from roundel.calibration.skeleton import Skeleton
@@ -51,9 +51,7 @@ def estimate(plan: Plan, checkpoint: Checkpoint) -> Estimate:
     recipe, settings = plan.recipe, text_config(checkpoint.source.config)
     limit = settings.get("max_position_embeddings")
     tokens = min(recipe.seqlen, limit) if isinstance(limit, int) else recipe.seqlen
-    skeleton = Skeleton(
-        checkpoint.source.config, checkpoint.family, checkpoint.tensor_names, folder=checkpoint.source.small_folder()
-    )
+    skeleton = Skeleton.of(checkpoint)
     units = [work for work in plan.works if work.kind == "unit"]
     first = next(block for block in skeleton.blocks if block.name == units[0].blocks[0])
     shown = min(tokens, PROBE_TOKENS)

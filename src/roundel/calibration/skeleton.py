@@ -8,7 +8,7 @@ refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from roundel.calibration.late import stand_ins
 from roundel.calibration.quiet import quiet
 from roundel.calibration.recorder import Heard, Kind, Recorder, Stop, Watch, zeros_of
 from roundel.calibration.spelling import Spelling, spelling_of
+from roundel.checkpoint import Checkpoint
 from roundel.errors import PlanError, SourceError
 from roundel.families import Family
 
@@ -38,7 +39,6 @@ class Skeleton:
     tail           final norm and output head; its output is the logits
     entry_tensors  names of the tensors that are needed before the first block
     hidden         how wide the states between blocks are
-    shapes         of the model's tensors, by their names in the checkpoint
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Skeleton:
         unfuse(self._model, spelling.experts)
         parameters = self._model.named_parameters()
         named = {spelling.tensors[name]: tuple(value.shape) for name, value in parameters if name in spelling.tensors}
-        self.shapes: Mapping[str, tuple[int, ...]] = named
+        self._shapes: Mapping[str, tuple[int, ...]] = named  # of the checkpoint's tensors, as the model has them
         stored, path = self._find_blocks(family, spelling)
         self._recorders = self._take_out(path)
         self._zeros = zeros_of(self._model, device)
@@ -81,11 +81,21 @@ class Skeleton:
         name = heads[0].removesuffix(".weight") if heads else family.head
         self.tail = Block(name, self._model, end, self._finish)
 
-    def check_shapes(self, stored: Callable[[str], tuple[int, ...]]) -> None:
-        """Raises SourceError where the checkpoint's tensors (name -> shape) have other shapes than the model's."""
-        for name, wanted in self.shapes.items():
-            if stored(name) != wanted:
-                raise misfit(name, stored(name), wanted)
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, *, device: str = "cpu", trust_remote_code: bool = False) -> Skeleton:
+        """A checkpoint's, in float32. Raises what the class raises, and SourceError for a tensor of another shape."""
+        made = cls(
+            checkpoint.source.config,
+            checkpoint.family,
+            checkpoint.tensor_names,
+            folder=checkpoint.source.small_folder(),
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+        for name, wanted in made._shapes.items():
+            if checkpoint.shape(name) != wanted:
+                raise misfit(name, checkpoint.shape(name), wanted)
+        return made
 
     def enter(self, tokens: Tensor, weights: Weights) -> Tensor:
         """The states that enter the first block, [samples, tokens, hidden], for token ids [samples, tokens].

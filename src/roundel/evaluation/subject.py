@@ -57,15 +57,7 @@ class Subject:
         """Raises PlanError when the model cannot be run block by block, SourceError when a tensor is missing."""
         self.checkpoint, self.name, self.device = checkpoint, name, device
         source = checkpoint.source
-        self.skeleton = Skeleton(
-            source.config,
-            checkpoint.family,
-            checkpoint.tensor_names,
-            folder=source.small_folder(),
-            device=device,
-            trust_remote_code=trust_remote_code,
-        )
-        self.skeleton.check_shapes(checkpoint.shape)
+        self.skeleton = Skeleton.of(checkpoint, device=device, trust_remote_code=trust_remote_code)
         self.head = f"{self.skeleton.tail.name}.weight"
         self.vocabulary = checkpoint.shape(self.head)[0]
         limit = text_config(source.config).get("max_position_embeddings")
