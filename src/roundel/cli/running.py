@@ -70,6 +70,8 @@ def loaded(path: str, device: str, backend: str | None, trust_remote_code: bool)
         for note in notes:
             if note.category is UserWarning:
                 console.print(f"[yellow]note[/] {escape(str(note.message))}")
+            else:
+                warnings.warn_explicit(note.message, note.category, note.filename, note.lineno)
         return model, tokenizer_for(path, model, trust_remote_code=trust_remote_code)
 
 
