@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from roundel.errors import BackendError
+from roundel.inference.numba.layout import FEW
 
 __all__ = ["Anchor", "QuantEmbedding", "QuantLinear", "StoredEmbedding", "StoredLinear"]
 
-FEW = 16  # inputs that a kernel multiplies by, widening in registers; beyond, rows are widened for torch
 WIDENED = 1 << 22  # weights widened at a time
 
 

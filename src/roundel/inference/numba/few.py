@@ -22,12 +22,12 @@ from torch import Tensor
 from roundel.inference.numba.emit import LANES, STEP, add_floats, add_span, widen
 from roundel.inference.numba.layout import LAYOUTS
 from roundel.inference.numba.team import PART, pointer_to, share_parts
+from roundel.ops.numba.compiling import SETTINGS, jit
 from roundel.ops.numba.stored import float_of, value_of
 from roundel.ops.numba.tensors import stored_bits
 
-__all__ = ["FEW", "FewInputs", "multiply_floats"]
+__all__ = ["FewInputs", "multiply_floats"]
 
-FEW = 16  # inputs at a time, up to which codes are decoded in registers
 SPAN = 1 << 16  # columns times codes: so many products of codes and 16-bit inputs add up in 32 bits
 LARGEST = 32767
 
@@ -98,7 +98,7 @@ def _spans(columns: int, group: int, bits: int) -> np.ndarray:
     return np.array(found, np.int64)
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
+@jit
 def _round_inputs(given, rounded, places, batch):  # type: ignore[no-untyped-def]
     """Fill `rounded` with units (as float32) and sums, both by batch, span, input, and with whole inputs; say where
     these lie in `given`."""
@@ -117,7 +117,7 @@ def _round_inputs(given, rounded, places, batch):  # type: ignore[no-untyped-def
             units[place], sums[place] = _round_span(x[each, first:end], bits[each, first:end], whole[each, first:end])
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
+@jit
 def _round_span(x, bits, whole):  # type: ignore[no-untyped-def]
     """The unit of some columns, and the sum of them in it. bits: those of x, whose order is that of floats of one
     sign."""
@@ -203,5 +203,5 @@ def _float_rows(stored: np.dtype[Any], batch: int) -> int:
 
 def _address(run: Callable[..., None]) -> int:
     """Of a part, compiled."""
-    found: int = numba.cfunc(PART, cache=True, nogil=True, error_model="numpy", boundscheck=False)(run).address
+    found: int = numba.cfunc(PART, **SETTINGS)(run).address
     return found

@@ -23,9 +23,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["LAYOUTS", "WORD", "Layout", "Take"]
+__all__ = ["FEW", "LAYOUTS", "WORD", "Layout", "Take"]
 
 WORD = 16  # bits
+FEW = 16  # inputs at a time, up to which weights are decoded in registers; beyond, rows of them for torch
 
 
 @dataclass(frozen=True)

@@ -9,21 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from roundel.inference.numba.emit import STEP, spread_group, widen
-from roundel.inference.numba.few import FEW, FewInputs
-from roundel.inference.numba.layout import LAYOUTS
+from roundel.inference.numba.few import FewInputs
+from roundel.inference.numba.layout import FEW, LAYOUTS
+from roundel.ops.numba.compiling import jit
 from roundel.ops.numba.rows import share_rows
 
 __all__ = ["PackedRows", "pack_rows_of_words"]
 
 SLAB = 1 << 21  # weights decoded at a time for many inputs: 8 MB, which the last cache holds
-
-_jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 
 
 class PackedRows:
@@ -107,7 +105,7 @@ def pack_rows_of_words(codes: np.ndarray, bits: int, lowest: int = 0) -> np.ndar
     return words
 
 
-@_jit
+@jit
 def _pack(codes, above, table, rows, words, begin, end):  # type: ignore[no-untyped-def]
     out, width = codes.shape
     for block in range(begin, end):
@@ -138,5 +136,5 @@ def _decode(bits: int, e2m1: bool) -> Callable[..., None]:
                 at, to = block * streams * columns + first, (block - begin) * rows * columns + first
                 spread_group(words, at, columns, steps, scale, zero, out, to, columns, bits, e2m1)
 
-    compiled: Callable[..., None] = _jit(run)
+    compiled: Callable[..., None] = jit(run)
     return compiled

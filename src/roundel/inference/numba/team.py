@@ -19,13 +19,15 @@ import threading
 from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 from torch import nn
+
+from roundel.inference.numba.layout import FEW
+from roundel.ops.numba.compiling import jit
 
 __all__ = ["PART", "pointer_to", "share_parts", "spare_processors"]
 
@@ -37,9 +39,6 @@ LINE = 8  # numbers in a cache line: what different threads write lies that far 
 TICKET, DONE, SLEEPING, ENDING, WORK = (LINE * place for place in range(5))
 FUNCTION, ARGUMENTS, ROWS, STEP = range(WORK, WORK + 4)
 HALF = 32
-TOKENS = 16  # at a time, that count as few
-
-_jit = numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 
 
 def share_parts(function: int, arguments: np.ndarray, rows: int, weights: int) -> None:
@@ -69,7 +68,7 @@ def _threads() -> int:
 def _take_threads(model: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
     ids = named.get("input_ids", given[0] if given else None)
     threads = torch.get_num_threads()
-    if threads > 1 and isinstance(ids, torch.Tensor) and ids.numel() <= TOKENS:
+    if threads > 1 and isinstance(ids, torch.Tensor) and ids.numel() <= FEW:
         _taken.threads = threads
         torch.set_num_threads(1)
 
@@ -125,7 +124,7 @@ def _team(threads: int, process: int) -> _Team:
     return _Team(threads - 1)
 
 
-@_jit
+@jit
 def _lead(state, function, arguments, rows, step):  # type: ignore[no-untyped-def]
     parts = (rows + step - 1) // step
     state[FUNCTION], state[ARGUMENTS], state[ROWS], state[STEP] = function, arguments.ctypes.data, rows, step
@@ -137,7 +136,7 @@ def _lead(state, function, arguments, rows, step):  # type: ignore[no-untyped-de
         pass
 
 
-@_jit
+@jit
 def _help(state, looks):  # type: ignore[no-untyped-def]
     """Whether the team ends; else nothing came for so many looks, and this thread counts as sleeping."""
     left = looks
@@ -149,7 +148,7 @@ def _help(state, looks):  # type: ignore[no-untyped-def]
     return False
 
 
-@_jit
+@jit
 def _take(state):  # type: ignore[no-untyped-def]
     """Do a part that nobody has taken; whether there was one, or may be."""
     ticket = _read(state, TICKET)
@@ -163,7 +162,7 @@ def _take(state):  # type: ignore[no-untyped-def]
     return True
 
 
-@_jit
+@jit
 def _alone(function, arguments, rows):  # type: ignore[no-untyped-def]
     _call(function, arguments.ctypes.data, 0, rows)
 
@@ -210,7 +209,7 @@ def _increase(typing, state, index, value):  # type: ignore[no-untyped-def]
     return types.void(state, types.intp, types.int64), generate
 
 
-@_jit
+@jit
 def _add(state, index, value):  # type: ignore[no-untyped-def]
     _increase(state, index, value)
 
