@@ -1,4 +1,4 @@
-"""A checkpoint as one GGUF file, put together in memory from the functions of `roundel.formats.gguf`."""
+"""The tensors of a GGUF file of a checkpoint, put together in memory from the functions of `roundel.formats.gguf`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from roundel.formats.gguf.architectures import architecture_of, settings_of
-from roundel.formats.gguf.block_types import BLOCK_TYPES
-from roundel.formats.gguf.changes import extra_tensors, is_float32, norm_offset
-from roundel.formats.gguf.metadata import metadata
-from roundel.formats.gguf.mixtures import mixed_model, mixture, type_of
+from roundel.formats.gguf.changes import extra_tensors, norm_offset
 from roundel.formats.gguf.names import (
     expert_of,
     is_latent,
@@ -25,10 +22,8 @@ from roundel.formats.gguf.names import (
     rows_permuted,
     tensor_name,
 )
-from roundel.io.gguf import GGML_TYPES, GgufTensor, lay_out_gguf
-from roundel.io.safetensors import Shard
 
-__all__ = ["gguf_tensors", "stored_types", "write_gguf"]
+__all__ = ["FLOATS", "gguf_tensors"]
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -58,37 +53,6 @@ def gguf_tensors(folder: Path) -> dict[str, Tensor]:
         else:
             experts.setdefault(target, {})[number] = values
     return found | {name: torch.stack([parts[i] for i in range(len(parts))]) for name, parts in experts.items()}
-
-
-def stored_types(folder: Path, name: str, shapes: Mapping[str, tuple[int, ...]], **facts: Any) -> dict[str, str]:
-    """The type of each tensor in a file of a mixture."""
-    config = json.loads((folder / "config.json").read_text())
-    chosen = mixture(name)
-    model = mixed_model(settings_of(config), architecture_of(config), list(shapes), **facts)
-    base = chosen.type if chosen.type in FLOATS else "F16"
-    tensors = [GgufTensor(each, "F32" if is_float32(each, shape) else base, shape) for each, shape in shapes.items()]
-    return {each.name: type_of(each, chosen, model) for each in tensors}
-
-
-def write_gguf(folder: Path, path: Path, name: str) -> Path:
-    """Write the checkpoint of a folder as a file of a mixture."""
-    tensors = gguf_tensors(folder)
-    types = stored_types(folder, name, {each: tuple(tensor.shape) for each, tensor in tensors.items()})
-    listed = [GgufTensor(each, types[each], tuple(tensor.shape)) for each, tensor in tensors.items()]
-    config = json.loads((folder / "config.json").read_text())
-    values = metadata(config, folder, mixture(name).file_type, folder.name, listed).values
-    shard = Shard(path.parent, lay_out_gguf(path.name, values, listed))
-    for each in listed:
-        shard.put(each.name, _bytes(tensors[each.name], each.type))
-    shard.finish()
-    return path
-
-
-def _bytes(tensor: Tensor, kind: str) -> bytes:
-    if kind in FLOATS:
-        return tensor.to(FLOATS[kind]).contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-    assert GGML_TYPES[kind].weights > 1
-    return BLOCK_TYPES[kind].round_and_pack(tensor.reshape(-1, tensor.shape[-1])).numpy().tobytes()
 
 
 def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:

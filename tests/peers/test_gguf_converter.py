@@ -19,7 +19,6 @@ import roundel
 from formats.test_gguf import tokenized
 from formats.test_gguf_deepseek import importances
 from formats.test_gguf_reading import sized
-from models.as_gguf import write_gguf
 from roundel.formats.gguf.mixtures import MIXTURES
 from roundel.io.gguf import GgufValue, read_gguf, read_tensor
 
@@ -105,8 +104,9 @@ def compare(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
 def test_the_converter_writes_the_same(model_type: str, tmp_path: Path) -> None:
     model = model_of(model_type, tmp_path / "model")
     ran("convert", model, tmp_path / "theirs.gguf", "f16")
-    write_gguf(model, tmp_path / "mine.gguf", "f16")
-    mine, theirs = ours(tmp_path / "mine.gguf"), seen(tmp_path / "theirs.gguf")
+    roundel.quantize(model, tmp_path / "out", format="gguf:f16", workers=1)
+    (file,) = (tmp_path / "out").glob("*.gguf")
+    mine, theirs = ours(file), seen(tmp_path / "theirs.gguf")
     compare(mine, theirs)
     assert list(mine["values"]) == list(theirs["values"])
 
