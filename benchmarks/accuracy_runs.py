@@ -130,7 +130,8 @@ class Bench:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
         command = [sys.executable, "-m", "roundel", "quantize", str(self.model), str(out / "model")]
-        command += ["--scheme", f"W{scheme.bits}A16", "--group-size", str(scheme.group_size)]
+        name = f"W{scheme.bits}A16" + ("_HQQ" if duel.float_zeros else "")
+        command += ["--scheme", name, "--group-size", str(scheme.group_size)]
         command += [] if scheme.symmetric else ["--asym"]
         command += ["--algorithm", duel.algorithm, *duel.options]
         if duel.looks_at_data:
@@ -139,7 +140,8 @@ class Bench:
         seconds = _run(command, out)
         perplexity, divergence = self.yardstick.measure_ours(out / "model")
         shutil.rmtree(out)
-        bits = scheme.bits + (16 + (0 if scheme.symmetric else scheme.bits)) / scheme.group_size
+        zero = 0 if scheme.symmetric else 16 if duel.float_zeros else scheme.bits
+        bits = scheme.bits + (16 + zero) / scheme.group_size
         return Measured(perplexity=perplexity, divergence=divergence, seconds=seconds, bits_per_weight=bits)
 
 

@@ -51,16 +51,20 @@ class Peer:
 
 @dataclass(frozen=True, kw_only=True)
 class Duel:
-    """One of our ways, as options of `roundel quantize`, and the peers' ways that it has to equal."""
+    """One of our ways, as options of `roundel quantize`, and the peers' ways that it has to equal.
+
+    float_zeros   zero points are float16, as HQQ's files have them
+    """
 
     algorithm: str
     options: tuple[str, ...] = ()
+    float_zeros: bool = False
     looks_at_data: bool = True
     peers: tuple[Peer, ...]
 
     @property
     def name(self) -> str:
-        return " ".join((self.algorithm, *self.options))
+        return " ".join((self.algorithm, *self.options)) + (", float zeros" if self.float_zeros else "")
 
 
 def _auto_round(name: str, looks_at_data: bool = True, grids: tuple[str, ...] = GRIDS, **options: Any) -> Peer:
@@ -148,9 +152,13 @@ def duels(iters: int) -> tuple[Duel, ...]:
         Duel(
             algorithm="hqq",
             looks_at_data=False,
-            peers=(
-                _hqq("HQQ, float zeros (default)", integer_zero=False),
-                _hqq("HQQ, rounded zeros", integer_zero=True),
-            ),
+            peers=(_hqq("HQQ, rounded zeros", integer_zero=True),),
+        ),
+        Duel(
+            algorithm="hqq",
+            options=("--format", "hqq"),
+            float_zeros=True,
+            looks_at_data=False,
+            peers=(_hqq("HQQ, float zeros (default)", integer_zero=False),),
         ),
     )

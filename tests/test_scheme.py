@@ -39,6 +39,15 @@ def test_spellings(text: str, bits: int, group: int, sym: bool) -> None:
     assert Scheme.parse(scheme.name) == scheme
 
 
+@pytest.mark.parametrize("name", ["W1A16G64_HQQ", "W4A16_HQQ", "W8A16G-1_HQQ", "W3A16G32_HQQ"])
+def test_float_zero_points_have_names_too(name: str) -> None:
+    scheme = Scheme.parse(name)
+    assert scheme.name == name and scheme.weight.has_float_zeros and not scheme.weight.is_integer
+    assert scheme.altered(bits=2, group_size=64, sym=False) == Scheme.parse("W2A16G64_HQQ")
+    groups = 1024 // (scheme.group_size if scheme.group_size > 0 else 1024)
+    assert scheme.weight.bits_per_weight((16, 1024)) == scheme.bits + 32 * groups / 1024
+
+
 def test_altered_replaces_only_what_is_named() -> None:
     assert Scheme.parse("W4A16").altered(bits=3) == Scheme.parse("W3A16")
     assert Scheme.parse("W4A16G64").altered(sym=False) == Scheme.parse("W4A16G64_ASYM")
@@ -55,6 +64,10 @@ def test_altered_replaces_only_what_is_named() -> None:
         (lambda: integer_scheme(4, 0), ["group_size=0", "-1"]),
         (lambda: integer_scheme(4, -2), ["group_size=-2"]),
         (lambda: Scheme.parse("MXFP4").altered(group_size=64), ["MXFP4", "fixed"]),
+        (lambda: Scheme.parse("W7A16_HQQ"), ["bits=7", "1 to 6 or 8"]),
+        (lambda: Scheme.parse("W1A16"), ["bits=1", "W1A16G64_HQQ"]),
+        (lambda: Scheme.parse("W4A16_HQQ").altered(sym=True), ["W4A16_HQQ", "--sym"]),
+        (lambda: Scheme.parse("W4A16G0_HQQ"), ["group_size=0"]),
         (lambda: Scheme.parse("INT8_W8A8").altered(bits=4), ["INT8_W8A8", "fixed"]),
         (lambda: Scheme.parse({"bitz": 4}), ["bitz", "bits"]),
         (lambda: Scheme.parse({"bits": "4"}), ["bits", "whole number"]),

@@ -18,6 +18,7 @@ from roundel.tensor import QuantizedTensor
 from roundel.unit import Unit
 
 SCHEMES = [f"W{bits}A16G32{sym}" for bits in range(2, 9) for sym in ("", "_ASYM")] + ["W4A16G48_ASYM", "W3A16G-1"]
+SCHEMES += [f"W{bits}A16G32_HQQ" for bits in (1, 2, 3, 4, 5, 6, 8)] + ["W4A16G48_HQQ", "W3A16G-1_HQQ"]
 
 
 def unit_of(scheme: str) -> Unit:
@@ -105,6 +106,24 @@ def test_eight_bits_are_256_evenly_spread_values() -> None:
         nearest = grid[(exact[:, None] - grid).abs().argmin(1)]
         assert torch.allclose(part, nearest, atol=1e-6)
     assert torch.equal(eight_bits(torch.full((3, 3), 0.25), 2), torch.full((3, 3), 0.25))
+
+
+@pytest.mark.parametrize("group", [32, 100])
+def test_float_zero_points_of_eight_bits(group: int) -> None:
+    unit = unit_of("W2A16G16_HQQ")
+    plain = Hqq().quantize(unit)
+    for layer in unit.layers:
+        for how in (Hqq(quant_zero=True, meta_group=group), Hqq(quant_zero=True, quant_scale=True, meta_group=group)):
+            found, before = how.quantize(unit)[layer.name], plain[layer.name]
+            values = eight_bits(before.tensor.zero.float(), group).half()  # type: ignore[union-attr]
+            assert torch.equal(found.tensor.zero, values)  # type: ignore[arg-type]
+            assert not torch.equal(found.tensor.zero, before.tensor.zero)  # type: ignore[arg-type]
+            moved = not torch.equal(found.tensor.scale, before.tensor.scale)  # type: ignore[arg-type]
+            assert moved == how.quant_scale
+            again = encode_scaled(unit.weight(layer), layer.scheme.weight, found.tensor.scale, found.tensor.zero)
+            assert torch.equal(again.codes, found.tensor.codes)
+            assert found.error == pytest.approx(norm(unit.weight(layer), found.tensor), rel=1e-5)
+            assert found.error == pytest.approx(before.error, rel=0.05)
 
 
 def test_zero_points_through_eight_bits_stay_what_they_are() -> None:

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 import roundel
 from formats.test_formats import bytes_of, layer_of, rounded
+from models.pico import build
 from roundel.checkpoint import open_checkpoint
-from roundel.errors import SourceError
+from roundel.errors import PlanError, SourceError
 from roundel.formats import FORMATS, Contents, Format, Found, reader_of
 from roundel.scheme import Scheme
 from roundel.tensor import TensorSpec, torch_dtype
@@ -128,3 +129,33 @@ def test_zero_points_of_their_own_solver_go_along(tmp_path: Path) -> None:
     assert all(layer.scheme.weight.zero == "float" for layer in checkpoint.layers.values())
     checkpoint.close()
     assert verify(tmp_path / "out", theirs).passed
+
+
+@pytest.mark.parametrize("algorithm", ["rtn", "hqq"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
+def test_float_zero_points_are_rounded_to_and_written(bits: int, algorithm: str, tmp_path: Path) -> None:
+    model, out = build("llama", tmp_path / "model"), tmp_path / "out"
+    report = roundel.quantize(model, out, scheme=f"W{bits}A16G32_HQQ", algorithm=algorithm, format="hqq,fake")
+    assert verify(out / "hqq", model).passed
+    checkpoint, fake = open_checkpoint(out / "hqq"), open_checkpoint(out / "fake")
+    for name, layer in checkpoint.layers.items():
+        found = checkpoint.unpack(layer)
+        assert layer.scheme.name == f"W{bits}A16G32_HQQ" and layer.scheme.weight.has_float_zeros
+        assert found.zero is not None and not torch.equal(found.zero, found.zero.round())
+        assert torch.equal(found.decode().bfloat16(), fake.tensor(f"{name}.weight"))
+    checkpoint.close()
+    fake.close()
+    if algorithm == "hqq":
+        whole = 1.0 if bits == 1 else roundel.quantize(
+            model, tmp_path / "whole", scheme=f"W{bits}A16G32_ASYM", algorithm="hqq", format="fake"
+        ).mean_sqnr  # fmt: skip
+        assert report.mean_sqnr > whole
+
+
+def test_float_zero_points_are_refused_by_name_elsewhere(tmp_path: Path) -> None:
+    model = build("llama", tmp_path / "model")
+    for format, algorithm in (("auto_round", "hqq"), ("mlx", "hqq"), ("hqq", "gptq"), ("hqq", "opt-rtn")):
+        with pytest.raises(PlanError, match="W4A16G32_HQQ"):
+            roundel.plan(model, scheme="W4A16G32_HQQ", algorithm=algorithm, format=format)
+    with pytest.raises(PlanError, match="hqq stores 2, 3, 4, 5, 6 or 8 bits, W7A16"):
+        roundel.plan(model, scheme="W7A16", format="hqq")

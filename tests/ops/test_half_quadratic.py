@@ -19,7 +19,8 @@ from roundel.ops.numba.half_quadratic import power, solve_tensor
 from roundel.scheme import Grid, Scheme
 from roundel.tensor import QuantizedTensor
 
-GRIDS = {name: grid for name, grid in grids().items() if grid.element.is_integer}
+FLOATS = {name: Scheme.parse(name).weight for name in ("W1A16G32_HQQ", "W2A16G48_HQQ", "W4A16_HQQ", "W8A16_HQQ")}
+GRIDS = {name: grid for name, grid in grids().items() if grid.element.is_integer} | FLOATS
 LARGE = Splitting(beta=1e6, kappa=1.1)  # at which the errors of ordinary weights are shrunk, not cut
 
 
@@ -45,7 +46,7 @@ def test_no_block_is_worse_than_plainly_rounded(name: str, how: Splitting) -> No
             assert (ours <= theirs).all(), shape
             assert found.error == pytest.approx(ours.sum(), rel=1e-5)
             assert found.baseline == pytest.approx(theirs.sum(), rel=1e-5)
-            if found.tensor.zero is not None:
+            if found.tensor.zero is not None and grid.zero == "code":
                 assert int(found.tensor.zero.min()) >= grid.lowest_zero
             assert (found.tensor.scale.abs() >= 1e-5).all()  # type: ignore[union-attr]
 
@@ -56,7 +57,7 @@ def test_kernel_does_what_the_definition_says(name: str, how: Splitting) -> None
     grid = GRIDS[name]
     for case in KINDS:
         weight = torch.cat([weights(case, (5, 100), torch.bfloat16), weights(case, (7, 100), torch.bfloat16)])
-        kernel, definition = solve_tensor(weight, grid, how), solve_reference(weight, grid, how)
+        kernel, definition = solve(weight, grid, how), solve_reference(weight, grid, how)
         bits = 1e-3 if case in ("ties", "outlier") else 1e-4  # where many iterations are as good as one another
         assert kernel.error == pytest.approx(definition.error, rel=bits, abs=1e-20), case
         assert kernel.baseline == pytest.approx(definition.baseline, rel=1e-5, abs=1e-20), case
@@ -155,6 +156,36 @@ def test_whole_zero_points_cost_less_than_fitted_scales_gain(bits: int, group: i
     found = solve(weight, Scheme.parse(f"W{bits}A16G{group}_ASYM").weight, Splitting())
     assert found.error < float((weight - theirs).abs().pow(0.7).sum())
     assert (weight - found.tensor.decode()).square().sum() < (weight - theirs).square().sum()
+
+
+def least_squares(row: list[float], bits: int) -> float:
+    """The least squared error of one block over a fine net of scales and zero points."""
+    low, high, largest = min(row), max(row), 2**bits - 1
+    net = np.linspace(0, 1, 81)
+    steps = (high - low) / max(1, largest) * (0.4 + 0.8 * net)
+    middles = (largest - (low + high) / steps[:, None]) / 2 + (net - 0.5) * largest * 0.8
+    w = np.array(row)[None, None]
+    codes = np.clip(np.rint(w / steps[:, None, None] + middles[..., None]), 0, largest)
+    return float(((w - (codes - middles[..., None]) * steps[:, None, None]) ** 2).sum(-1).min())
+
+
+@pytest.mark.parametrize(("bits", "allowed"), [(1, 1.02), (2, 1.15), (3, 1.15)])
+def test_float_zero_points_come_near_the_best_squares_there_are(bits: int, allowed: float) -> None:
+    weight = drawn(16, 64, seed=5)
+    found = solve(weight, Scheme.parse(f"W{bits}A16G32_HQQ").weight, Splitting()).tensor
+    best = sum(least_squares(row[at : at + 32].tolist(), bits) for at in (0, 32) for row in weight)
+    assert float((weight - found.decode()).square().sum()) < allowed * best
+
+
+@pytest.mark.parametrize(("bits", "group"), [(1, 64), (2, 64), (3, 128), (4, 128), (6, 64)])
+def test_float_zero_points_beat_their_solver_and_whole_ones(bits: int, group: int) -> None:
+    weight = drawn(64, 512)
+    theirs = hqq_with_float_zeros(weight, bits, group)
+    found = solve(weight, Scheme.parse(f"W{bits}A16G{group}_HQQ").weight, Splitting())
+    assert found.error < float((weight - theirs).abs().pow(0.7).sum())
+    if bits > 1:
+        whole = solve(weight, Scheme.parse(f"W{bits}A16G{group}_ASYM").weight, Splitting())
+        assert found.error < 0.99 * whole.error
 
 
 @pytest.mark.parametrize("name", ["W4A16G-1_ASYM", "W4A16G-1", "W2A16G-1_ASYM"])

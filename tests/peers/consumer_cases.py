@@ -266,7 +266,13 @@ def bnb() -> list[Case]:
 def hqq() -> list[Case]:
     own: dict[str, Any] = {"format": "hqq", "loader": "hqq"}
     widths = [Case(**own, scheme=f"W{bits}A16G64", options=o) for bits in (2, 3, 4, 5, 6, 8) for o in ({}, ASYM)]
-    return [*widths, *(Case(**own, options=o) for o in (MIXED, KEPT, HEAD)), Case(**own, model="opt")]
+    solved: dict[str, Any] = {"algorithm": "hqq"}
+    floats = [Case(**own, scheme=f"W{bits}A16G64_HQQ", options=solved) for bits in (1, 2, 3, 4, 5, 6, 8)]
+    floats += [
+        Case(**own, scheme="W4A16_HQQ"),
+        Case(**own, scheme="W4A16_HQQ", options={"layer_config": {"down_proj": {"bits": 1}}}),
+    ]
+    return [*widths, *floats, *(Case(**own, options=o) for o in (MIXED, KEPT, HEAD)), Case(**own, model="opt")]
 
 
 OWN: dict[str, Any] = {"loader": "gptqmodel", "dtype": "float16"}

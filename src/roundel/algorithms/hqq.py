@@ -1,8 +1,9 @@
 """HQQ: scales and zero points by half-quadratic splitting, without data.
 
 Badri & Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models". The solver, and how it differs
-from theirs so that GPTQ, AWQ and compressed-tensors files can hold its result, is in `ops.half_quadratic`. Groups lie
-along the input, as in all formats (theirs may be strided over the matrix). Weights are solved in float32.
+from theirs, is in `ops.half_quadratic`: zero points are whole numbers, which GPTQ, AWQ and compressed-tensors files
+hold, or floats on the grids of HQQ's own (`W4A16_HQQ`). Groups lie along the input, as in all formats (theirs may be
+strided over the matrix). Weights are solved in float32.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class Hqq(Algorithm):
     kappa         growth of beta in each iteration, at least 1
     quant_scale   scales are stored as they come out of 8 bits, `meta_group` of them sharing a range; the sign of a
                   symmetric scale stays
-    quant_zero    zero points pass through 8 bits too: they are whole numbers of at most 8 bits, and stay as they are
-    meta_group    scales (row by row, along the input) that share a range
+    quant_zero    zero points pass through 8 bits too; whole ones have at most 8, and stay as they are
+    meta_group    scales or zero points (row by row, along the input) that share a range
     """
 
     name: ClassVar[str] = "hqq"
@@ -65,7 +66,7 @@ class Hqq(Algorithm):
 
     def refuse(self, layer: Layer) -> str | None:
         grid = layer.scheme.weight
-        if grid.block[0] != 1 or not grid.is_plain_integer:
+        if grid.block[0] != 1 or not (grid.is_plain_integer or grid.has_float_zeros):
             return f"hqq fits scales and zero points of integers, not {layer.scheme.name}"
         return None
 
@@ -73,30 +74,36 @@ class Hqq(Algorithm):
         return {layer.name: self._one(unit.weight(layer), layer) for layer in unit.layers}
 
     def _one(self, weight: Tensor, layer: Layer) -> Rounded:
+        from roundel.ops.encode import encode_scaled
         from roundel.ops.half_quadratic import Splitting, norm_error, solve
 
         how = Splitting(iterations=self.iterations, norm=self.norm, beta=self.beta, kappa=self.kappa)
         found = solve(weight, layer.scheme.weight, how)
-        if not self.quant_scale:
+        moves_zeros = self.quant_zero and layer.scheme.weight.has_float_zeros
+        if not self.quant_scale and not moves_zeros:
             return Rounded(tensor=found.tensor, error=found.error, baseline=found.baseline)
-        tensor = _with_scales_in_eight_bits(weight, found.tensor, self.meta_group)
+        scale, zero = found.tensor.scale, found.tensor.zero
+        if self.quant_scale:
+            scale = _scales_in_eight_bits(found.tensor, self.meta_group)
+        if moves_zeros:
+            assert zero is not None
+            zero = eight_bits(zero.float(), self.meta_group).half()
+        tensor = encode_scaled(weight, found.tensor.grid, scale, zero)  # the codes anew
         return Rounded(tensor=tensor, error=norm_error(weight, tensor, self.norm), baseline=found.baseline)
 
 
-def _with_scales_in_eight_bits(weight: Tensor, found: QuantizedTensor, group: int) -> QuantizedTensor:
-    """The same zero points, scales that 8 bits can tell apart, and codes for them."""
+def _scales_in_eight_bits(found: QuantizedTensor, group: int) -> Tensor:
+    """Scales that 8 bits can tell apart."""
     import torch
-
-    from roundel.ops.encode import encode_scaled
 
     assert isinstance(found.scale, torch.Tensor)
     scale = found.scale.float()
     sizes = eight_bits(scale.abs(), group)
-    return encode_scaled(weight, found.grid, torch.where(scale < 0, -sizes, sizes).half(), found.zero)
+    return torch.where(scale < 0, -sizes, sizes).half()
 
 
 def eight_bits(values: Tensor, group: int) -> Tensor:
-    """Values >= 0, each moved to the nearest of 256 that are spread evenly over its group's range.
+    """Values, each moved to the nearest of 256 that are spread evenly over its group's range.
 
     values   any shape, float32; groups of `group` follow one another in memory order, the last may be short
     """

@@ -46,8 +46,8 @@ def _schemes() -> None:
         shown.add_row(mix.name, f"{mix.experts} for routed experts, {mix.others} for the rest", "", "", "", "")
     console.print(shown)
     console.print(
-        "Any W<bits>A16[G<group>][_ASYM] with 2 to 8 bits is a scheme too, such as W3A16G64_ASYM; G-1 is one scale "
-        "per row."
+        "Any W<bits>A16[G<group>][_ASYM|_HQQ] is a scheme too, such as W3A16G64_ASYM: 2 to 8 bits, with _HQQ (float16 "
+        "zero points) 1 to 6 or 8. G-1 is one scale per row."
     )
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from roundel.errors import SourceError
 from roundel.formats.format import Contents, Format, Found
-from roundel.scheme import ELEMENTS, Grid, Scheme
+from roundel.scheme import INTEGER_BITS, Scheme, float_zero_scheme, integer_scheme
 from roundel.tensor import QuantizedTensor, TensorSpec
 from roundel.unit import Layer
 
@@ -52,7 +52,8 @@ class Hqq(Format):
         if layer.permuted:
             return f"{self.name} cannot store which group each column belongs to"
         if scheme.bits not in (PER_WORD if floats else WRITTEN):
-            return f"{self.name} stores 2, 3, 4, 5, 6 or 8 bits, {scheme.name} asks for {scheme.bits}"
+            known = f"{'1, ' if floats else ''}2, 3, 4, 5, 6 or 8 bits"
+            return f"{self.name} stores {known}, {scheme.name} asks for {scheme.bits}"
         columns, groups = grid.block_of(layer.shape)[1], grid.blocks(layer.shape)
         if layer.shape[1] % columns:
             return f"{self.name} needs whole groups, {layer.shape[1]} inputs are not divisible by {columns}"
@@ -181,13 +182,11 @@ class Hqq(Format):
     def _scheme(self, module: str, bits: int, columns: int, dtype: str) -> Scheme:
         floats = self.quantization.get("zero_floats")
         ours = self.quantization.get("provider") == "roundel" and not (isinstance(floats, list) and module in floats)
+        ours &= bits in INTEGER_BITS
         symmetric, others = self.quantization.get("sym") is True, self.quantization.get("sym_exceptions")
-        symmetric = ours and symmetric != (isinstance(others, list) and module in others)
-        element = ELEMENTS[f"{'int' if symmetric else 'uint'}{bits}"]
-        grid = Grid(element=element, block=(1, columns), symmetric=symmetric, scale=dtype,
-                    zero="code" if ours else "float")  # fmt: skip
-        name = f"W{bits}A16" + ("" if columns == 128 else f"G{columns}") + ("" if symmetric else "_ASYM")
-        return Scheme(name=name if ours else name.replace("_ASYM", "_HQQ"), weight=grid)
+        symmetric = symmetric != (isinstance(others, list) and module in others)
+        found = integer_scheme(bits, columns, symmetric) if ours else float_zero_scheme(bits, columns)
+        return replace(found, weight=replace(found.weight, scale=dtype))
 
 
 def _params(scheme: Scheme) -> dict[str, object]:

@@ -5,14 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from roundel.ops.fit import blocked, fit_asymmetric, fit_largest, fit_power_of_two, fit_symmetric, grouped
+from roundel.ops.fit import (
+    blocked,
+    fit_asymmetric,
+    fit_float_zero,
+    fit_largest,
+    fit_power_of_two,
+    fit_symmetric,
+    grouped,
+)
 from roundel.ops.minifloat import decode_e8m0, round_e0m3, round_e2m1, round_e4m3
 from roundel.ops.table import TABLES, fit_table, round_table
 from roundel.scheme import BLOCK_NAMES, Grid
-from roundel.tensor import QuantizedTensor, plain
+from roundel.tensor import QuantizedTensor, below_each_other, plain
 
 __all__ = ["encode", "encode_blocks", "encode_reference", "encode_scaled"]
 
+SLAB = 1 << 18  # weights that are rounded at a time where there is no kernel
 ROUND = {"e0m3": round_e0m3, "e2m1": round_e2m1, "e4m3": round_e4m3}
 
 
@@ -20,9 +29,9 @@ def encode(weight: Tensor, grid: Grid, reach: float | None = None) -> QuantizedT
     """Round a matrix to a grid, with scales fitted to each block's range.
 
     weight   [out, in], any float dtype, finite; rounded as float32
-    grid     integers; e2m1, e4m3 or e0m3 with power-of-two scales; e2m1 with e4m3 scales and one float for the matrix
-             (NVFP4), or none (MLX's); e4m3 with float scales (FP8); ggml's block types; bitsandbytes' tables. Blocks
-             are (1, n) or (1, 0), of FP8 any
+    grid     integers, with zero points that are codes or floats, or without; e2m1, e4m3 or e0m3 with power-of-two
+             scales; e2m1 with e4m3 scales and one float for the matrix (NVFP4), or none (MLX's); e4m3 with float
+             scales (FP8); ggml's block types; bitsandbytes' tables. Blocks are (1, n) or (1, 0), of FP8 any
     reach    of NVFP4, the largest magnitude that the float for the matrix is to cover, where other matrices share it;
              None: the matrix' own
     """
@@ -31,6 +40,9 @@ def encode(weight: Tensor, grid: Grid, reach: float | None = None) -> QuantizedT
     if grid.rule == "ggml":
         return encode_blocks(weight, grid)
 
+    if grid.has_float_zeros:  # no kernel: rows at a time, so that few are held as float32
+        rows = max(1, SLAB // max(1, weight.shape[1]))
+        return below_each_other([encode_reference(weight[at : at + rows], grid) for at in range(0, len(weight), rows)])
     if use_kernels() and weight.device.type == "cpu" and weight.dtype != torch.float64:
         from roundel.ops.numba.tensors import encode_tensor
 
@@ -62,6 +74,8 @@ def encode_reference(weight: Tensor, grid: Grid, reach: float | None = None) -> 
         return encode_scaled(weight, grid, _fit_nvfp(groups, grid.scale, reach))
     if grid.scale == "E8M0":
         return encode_scaled(weight, grid, fit_power_of_two(groups, grid).view(torch.float8_e8m0fnu))
+    if grid.zero == "float":
+        return encode_scaled(weight, grid, *fit_float_zero(groups, grid.element.bits))
     if grid.symmetric:
         return encode_scaled(weight, grid, fit_symmetric(groups, grid.element.bits))
     return encode_scaled(weight, grid, *fit_asymmetric(groups, grid.element.bits, grid.lowest_zero))
@@ -88,8 +102,8 @@ def encode_scaled(
         scaled = groups / scale.float()[..., None]
     if grid.element.is_integer:
         shift = 0.0 if zero is None else zero.float()[..., None]
-        whole = (torch.round(scaled) + shift).clamp(grid.element.lo, grid.element.hi)
-        codes = whole.to(torch.int8 if zero is None else torch.uint8)
+        whole = torch.round(scaled + shift) if grid.zero == "float" else torch.round(scaled) + shift
+        codes = whole.clamp(grid.element.lo, grid.element.hi).to(torch.int8 if zero is None else torch.uint8)
     elif grid.element.name in TABLES:
         codes = round_table(scaled, grid.element)
     else:

@@ -14,7 +14,16 @@ from torch.nn import functional
 from roundel.scheme import Grid
 from roundel.tensor import torch_dtype
 
-__all__ = ["SMALLEST_SCALE", "blocked", "fit_asymmetric", "fit_largest", "fit_power_of_two", "fit_symmetric", "grouped"]
+__all__ = [
+    "SMALLEST_SCALE",
+    "blocked",
+    "fit_asymmetric",
+    "fit_float_zero",
+    "fit_largest",
+    "fit_power_of_two",
+    "fit_symmetric",
+    "grouped",
+]
 
 SMALLEST_SCALE = 1e-5  # auto-round's q_scale_thresh; in float16 this is 1.00136e-5
 
@@ -79,6 +88,23 @@ def fit_asymmetric(groups: Tensor, bits: int, lowest_zero: int = 0) -> tuple[Ten
     narrow = ((highest - lowest) / (largest_code - lowest_zero)).to(torch.float16).clamp(min=smallest)
     scale = torch.where(zero < lowest_zero, narrow, scale)
     return scale, zero.clamp(lowest_zero, largest_code).to(torch.uint8)
+
+
+def fit_float_zero(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scales and zero points that are no codes, both float16: `fit_asymmetric`'s range with zero = -min / scale.
+
+    One bit has the mean and, on each side of it, the mean distance from it (Rastegari et al. 2016, arXiv:1603.05279,
+    equation 6, about the mean): of a range's two ends most weights are far.
+    """
+    smallest = torch.tensor(SMALLEST_SCALE, dtype=torch.float16).item()
+    if bits == 1:
+        middle = groups.mean(-1)
+        size = (groups - middle[..., None]).abs().mean(-1)
+        lowest, highest = middle - size, middle + size
+    else:
+        lowest, highest = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scale = ((highest - lowest) / (2**bits - 1)).to(torch.float16).clamp(min=smallest)
+    return scale, (-lowest / scale.float()).to(torch.float16)
 
 
 def fit_power_of_two(groups: Tensor, grid: Grid) -> Tensor:

@@ -9,7 +9,8 @@ by an auxiliary e gives two steps in turn, beta growing by kappa each time:
 HQQ's second step moves the zero point alone, zero = mean(codes - (w - e) / scale), and stores it as a float. The zero
 points of GPTQ, AWQ and compressed-tensors files are whole numbers, and moving one by a whole step gains next to
 nothing. So here both are fitted: the line through (codes, w - e) gives a zero point that is no whole number, its two
-whole neighbours get their best scale each, and the better of them by squares is taken. A symmetric grid has its zero
+whole neighbours get their best scale each, and the better of them by squares is taken. Where zero points are floats
+(HQQ's own files), the line is taken as it is. A symmetric grid has its zero
 point fixed, and its scale fitted. What is kept is the best by the p-norm with parameters as they are stored, in
 float64, plain rounding's among them; HQQ keeps its last, which is one step past its best.
 
@@ -63,6 +64,10 @@ def solve(weight: Tensor, grid: Grid, how: Splitting, threads: int = 1) -> Searc
 
     weight = weight.detach()
     if use_kernels() and weight.device.type == "cpu" and weight.numel():
+        if grid.has_float_zeros:
+            from roundel.ops.numba.float_zeros import solve_floats
+
+            return solve_floats(weight, grid, how, threads)
         from roundel.ops.numba.half_quadratic import solve_tensor
 
         return solve_tensor(weight, grid, how, threads)
@@ -81,13 +86,13 @@ def solve_reference(weight: Tensor, grid: Grid, how: Splitting) -> Searched:
         at = slice(start, min(out, start + rows))
         groups = grouped(weight[at].float(), columns)
         begun = None if zero is None else zero[at]
-        found, same = _solved(groups, present, grid, scale[at], begun, how)
+        solved = _solved_floats if grid.has_float_zeros else _solved
+        found, same = solved(groups, present, grid, scale[at], begun, how)
         scale[at] = found
         if zero is not None and same is not None:
             zero[at] = same
-        shift = 0.0 if same is None else same.float()[..., None]
-        made = torch.round(groups / found[..., None]) + shift
-        codes[at] = made.clamp(grid.element.lo, grid.element.hi).flatten(1)[:, :width].to(codes.dtype)
+        made = _coded(groups, found, same, grid)
+        codes[at] = made.flatten(1)[:, :width].to(codes.dtype)
     found_tensor = QuantizedTensor(grid=grid, codes=codes, scale=scale.half(), zero=zero)
     error, baseline = (norm_error(weight, q, how.norm) for q in (found_tensor, plainly))
     return Searched(tensor=found_tensor, error=error, baseline=baseline)
@@ -138,6 +143,46 @@ def _solved(
     return torch.where(better, found, scale), torch.where(better, same, zero)
 
 
+def _solved_floats(
+    weight: Tensor, present: Tensor, grid: Grid, scale: Tensor, zero: Tensor | None, how: Splitting
+) -> tuple[Tensor, Tensor]:
+    """`_solved` where zero points are floats."""
+    assert zero is not None
+    step, middle = scale, zero.float()
+    kept_step, kept_middle = step, middle
+    least = torch.full_like(step, torch.inf)
+    counts, beta = present.sum(-1).expand_as(step), how.beta
+    for _ in range(how.iterations + 1):
+        codes = torch.round(weight * (1 / step)[..., None] + middle[..., None])
+        codes = codes.clamp(grid.element.lo, grid.element.hi) * present
+        rest = (weight - (codes - middle[..., None]) * step[..., None]) * present
+        size = rest.abs()
+        error = (size.pow(how.norm) * present).sum(-1)
+        better = error < BETTER * least
+        least = torch.where(better, error, least)
+        kept_step, kept_middle = torch.where(better, step, kept_step), torch.where(better, middle, kept_middle)
+        shrunk = (size - size.clamp(min=1e-30).pow(how.norm - 1) / beta).clamp(min=0)
+        target = weight - torch.sign(rest) * shrunk
+        first, total = codes.sum(-1), target.sum(-1)
+        spread = (codes * codes).sum(-1) - first * first / counts
+        together = (target * codes).sum(-1) - first * total / counts
+        step = _stored(together, torch.where(together > 0, spread, 0.0), step)
+        middle = _as_half((first - total / step) / counts)
+        beta *= how.kappa
+    ours, plainly = (
+        _stored_error(weight, s, z, grid, how.norm, present) for s, z in ((kept_step, kept_middle), (scale, zero))
+    )
+    better = torch.isfinite(scale) & (ours < BETTER * plainly)
+    return torch.where(better, kept_step, scale), torch.where(better, kept_middle.half(), zero)
+
+
+def _as_half(zero: Tensor) -> Tensor:
+    """A zero point as float16 stores it; what is no normal float16 becomes 0."""
+    largest = torch.finfo(torch.float16).max
+    found = zero.clamp(-largest, largest).half().float()
+    return torch.where(found.abs() < torch.finfo(torch.float16).tiny, 0.0, found)
+
+
 def _least_squares(
     target: Tensor,
     codes: Tensor,
@@ -179,9 +224,18 @@ def _stored(product: Tensor, power: Tensor, step: Tensor) -> Tensor:
     return found.clamp(min=torch.tensor(SMALLEST_SCALE, dtype=torch.float16).item()).float()
 
 
-def _stored_error(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, norm: float) -> Tensor:
+def _stored_error(
+    weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, norm: float, present: Tensor | None = None
+) -> Tensor:
     """sum |w - decoded|^norm of blocks with codes as they will be stored, in float64."""
     shift = 0.0 if zero is None else zero.float()[..., None]
-    codes = (torch.round(weight / scale[..., None]) + shift).clamp(grid.element.lo, grid.element.hi) - shift
-    rest = weight.double() - (codes * scale[..., None]).double()
-    return rest.abs().pow(norm).sum(-1)
+    codes = _coded(weight, scale, zero, grid) - shift
+    lost = (weight.double() - (codes * scale[..., None]).double()).abs().pow(norm)
+    return (lost if present is None else lost * present).sum(-1)
+
+
+def _coded(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
+    """The codes of blocks, as `encode_scaled` finds them, in float32."""
+    scaled, shift = weight / scale[..., None], 0.0 if zero is None else zero.float()[..., None]
+    made = torch.round(scaled + shift) if grid.has_float_zeros else torch.round(scaled) + shift
+    return made.clamp(grid.element.lo, grid.element.hi)

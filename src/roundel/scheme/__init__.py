@@ -7,7 +7,16 @@ made without torch.
 from roundel.scheme.element import ELEMENTS, Element
 from roundel.scheme.ggml import BLOCK_GRIDS, BLOCK_NAMES
 from roundel.scheme.grid import LARGEST_BLOCK, Grid, describe_block
-from roundel.scheme.scheme import DEFAULT_SCHEME, INTEGER_BITS, MIXES, PRESETS, Mix, Scheme, integer_scheme
+from roundel.scheme.scheme import (
+    DEFAULT_SCHEME,
+    INTEGER_BITS,
+    MIXES,
+    PRESETS,
+    Mix,
+    Scheme,
+    float_zero_scheme,
+    integer_scheme,
+)
 
 __all__ = [
     "BLOCK_GRIDS",
@@ -23,5 +32,6 @@ __all__ = [
     "Mix",
     "Scheme",
     "describe_block",
+    "float_zero_scheme",
     "integer_scheme",
 ]

@@ -54,6 +54,11 @@ class Grid:
         return self.is_integer and self.scale == "F16"
 
     @property
+    def has_float_zeros(self) -> bool:
+        """Whether it is integers under one float16 scale a block, whose zero point is a float16 too (HQQ)."""
+        return self.element.is_integer and self.zero == "float" and self.scale == "F16" and self.rule == "range"
+
+    @property
     def is_integer_in_groups(self) -> bool:
         """Whether it is integers in groups of a row's columns, under one float scale each, with a zero point that is a
         code, or without."""

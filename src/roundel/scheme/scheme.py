@@ -18,10 +18,11 @@ from roundel.scheme.element import ELEMENTS
 from roundel.scheme.ggml import BLOCK_GRIDS
 from roundel.scheme.grid import Grid, describe_block
 
-__all__ = ["DEFAULT_SCHEME", "INTEGER_BITS", "MIXES", "PRESETS", "Mix", "Scheme", "integer_scheme"]
+__all__ = ["DEFAULT_SCHEME", "INTEGER_BITS", "MIXES", "PRESETS", "Mix", "Scheme", "float_zero_scheme", "integer_scheme"]
 
 INTEGER_BITS = range(2, 9)
 DEFAULT_SCHEME = "W4A16"
+HQQ_BITS = (1, 2, 3, 4, 5, 6, 8)  # that HQQ's files hold
 GROUP_SIZE = 128  # of integers, where nothing says another
 
 
@@ -96,6 +97,14 @@ class Scheme:
         """
         if bits is None and group_size is None and sym is None:
             return self
+        if self.weight.zero == "float":
+            if sym:
+                raise RecipeError(
+                    f"{self.name} has zero points: it is not symmetric. Leave --sym away, or choose W4A16."
+                )
+            return float_zero_scheme(
+                self.bits if bits is None else bits, self.group_size if group_size is None else group_size
+            )
         if not self.is_integer or self.input is not None:
             same = bits in (None, self.bits) and group_size in (None, self.group_size) and sym in (None, True)
             if same:
@@ -114,15 +123,34 @@ class Scheme:
 def integer_scheme(bits: int, group_size: int = GROUP_SIZE, sym: bool = True) -> Scheme:
     """Weight-only integers with float16 scales. Raises RecipeError for bits outside 2..8 or a group size below 1."""
     if bits not in INTEGER_BITS:
-        raise RecipeError(f"bits={bits} is not possible: integer schemes have 2 to 8 bits.")
+        one = " One bit needs zero points that are no whole numbers: W1A16G64_HQQ." if bits == 1 else ""
+        raise RecipeError(f"bits={bits} is not possible: integer schemes have 2 to 8 bits.{one}")
+    name = _name_of(bits, group_size) + ("" if sym else "_ASYM")
+    element = ELEMENTS[f"{'int' if sym else 'uint'}{bits}"]
+    return Scheme(name=name, weight=Grid(element=element, block=_block(group_size), symmetric=sym, scale="F16"))
+
+
+def float_zero_scheme(bits: int, group_size: int = GROUP_SIZE) -> Scheme:
+    """Weight-only integers with float16 scales and float16 zero points, as HQQ's files hold them.
+
+    Raises RecipeError for bits that these have no place for (7, or beyond 1..8) or a group size below 1.
+    """
+    if bits not in HQQ_BITS:
+        raise RecipeError(f"bits={bits} is not possible: schemes with float zero points have 1 to 6 or 8 bits.")
+    grid = Grid(element=ELEMENTS[f"uint{bits}"], block=_block(group_size), symmetric=False, zero="float")
+    return Scheme(name=_name_of(bits, group_size) + "_HQQ", weight=grid)
+
+
+def _block(group_size: int) -> tuple[int, int]:
     if group_size == 0 or group_size < -1:
         raise RecipeError(
             f"group_size={group_size} is not possible: use a positive number of weights, or -1 for one scale per row."
         )
-    name = f"W{bits}A16" + {GROUP_SIZE: "", -1: "G-1"}.get(group_size, f"G{group_size}") + ("" if sym else "_ASYM")
-    element = ELEMENTS[f"{'int' if sym else 'uint'}{bits}"]
-    block = (1, 0) if group_size == -1 else (1, group_size)
-    return Scheme(name=name, weight=Grid(element=element, block=block, symmetric=sym, scale="F16"))
+    return (1, 0) if group_size == -1 else (1, group_size)
+
+
+def _name_of(bits: int, group_size: int) -> str:
+    return f"W{bits}A16" + {GROUP_SIZE: "", -1: "G-1"}.get(group_size, f"G{group_size}")
 
 
 def _mx(name: str, element: str, exponent: Literal["floor", "rceil"] = "floor") -> Scheme:
@@ -172,6 +200,7 @@ PRESETS: dict[str, Scheme] = {
     s.name: s
     for s in (
         *(integer_scheme(b, g) for b in INTEGER_BITS for g in (128, 64, 32)),
+        *(float_zero_scheme(b, 64) for b in HQQ_BITS),
         _mx("MXFP4", "e2m1"),
         _mx("MXFP4_RCEIL", "e2m1", "rceil"),
         _mx("MXFP8", "e4m3"),
@@ -195,7 +224,7 @@ PRESETS: dict[str, Scheme] = {
 }
 MIXES: dict[str, Mix] = {m.name: m for m in (Mix("W4A16_MIXED", experts="W4A16", others="W8A16"),)}
 
-_INTEGER_NAME = re.compile(r"W(?P<bits>\d+)A16(?:_?G(?P<group>-?\d+))?(?P<asym>_ASYM|_SYM)?")
+_INTEGER_NAME = re.compile(r"W(?P<bits>\d+)A16(?:_?G(?P<group>-?\d+))?(?P<kind>_ASYM|_SYM|_HQQ)?")
 _FOREIGN_NAMES = {
     "MX_FP4": "MXFP4",
     "MX_FP8": "MXFP8",
@@ -216,7 +245,9 @@ def _parse_name(text: str) -> Scheme:
     found = _INTEGER_NAME.fullmatch(name)
     if found:
         group = int(found["group"]) if found["group"] else GROUP_SIZE
-        return integer_scheme(int(found["bits"]), group, found["asym"] != "_ASYM")
+        if found["kind"] == "_HQQ":
+            return float_zero_scheme(int(found["bits"]), group)
+        return integer_scheme(int(found["bits"]), group, found["kind"] != "_ASYM")
     known = (*PRESETS, *MIXES)
     if name in MIXES:
         raise RecipeError(
@@ -224,7 +255,7 @@ def _parse_name(text: str) -> Scheme:
         )
     raise RecipeError(
         f"Unknown scheme {text!r}.{nearest(text, known)} Known are {', '.join(_short_list())}; "
-        "or build one from W<bits>A16[G<group size>][_ASYM]. `roundel list schemes` shows all."
+        "or build one from W<bits>A16[G<group size>][_ASYM|_HQQ]. `roundel list schemes` shows all."
     )
 
 

@@ -10,6 +10,7 @@ is worse than plain rounding here either: it must be better by more than the pow
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -24,7 +25,17 @@ from roundel.ops.search import Searched
 from roundel.scheme import Grid
 from roundel.tensor import QuantizedTensor, plain
 
-__all__ = ["power", "solve_tensor"]
+__all__ = [
+    "INFINITE",
+    "LARGEST_HALF",
+    "LESS",
+    "ONE",
+    "ZERO",
+    "norm_of",
+    "power",
+    "share_slabs",
+    "solve_tensor",
+]
 
 SLAB = 1 << 18  # weights that a thread holds as float32
 ZERO, ONE, TWO = np.float32(0.0), np.float32(1.0), np.float32(2.0)
@@ -43,40 +54,50 @@ ROOT_HALF = np.int32(0x3F3504F3)  # the bits of sqrt(1/2)
 def solve_tensor(weight: Tensor, grid: Grid, how: Splitting, threads: int = 1) -> Searched:
     """`ops.half_quadratic.solve` by kernel, for weights on the CPU."""
     plainly = encode(weight, grid)
-    (out, width), group = plainly.shape, grid.block_of(plainly.shape)[1]
+    group = grid.block_of(plainly.shape)[1]
     codes, scales = plainly.codes.numpy().view(np.uint8), plain(plainly.scale).numpy()
     zero = plainly.zero
     zeros = np.zeros(scales.shape, np.uint8) if zero is None else zero.numpy()
     constants = np.array([how.norm, how.beta, how.kappa, how.untouched], np.float32)
 
-    def work(start: int) -> np.ndarray:
-        at, sums = slice(start, start + rows), np.zeros(2)
-        stored = weight[at].float().contiguous().numpy()
+    def work(stored: np.ndarray, at: slice, sums: np.ndarray) -> None:
         fixed = (grid.element.bits, grid.symmetric, grid.lowest_zero, how.iterations, constants)
         solve_blocks(stored, group, *fixed, codes[at], scales[at], zeros[at], sums)
+
+    error, baseline = share_slabs(work, weight, threads)
+    found = QuantizedTensor(grid=grid, codes=plainly.codes, scale=torch.from_numpy(scales).half(), zero=zero)
+    return Searched(tensor=found, error=error, baseline=baseline)
+
+
+def share_slabs(
+    work: Callable[[np.ndarray, slice, np.ndarray], None], weight: Tensor, threads: int
+) -> tuple[float, float]:
+    """Run work(rows as float32, which they are, [2] sums to add to) over slabs of a matrix; the sums of all."""
+
+    def one(start: int) -> np.ndarray:
+        at, sums = slice(start, start + rows), np.zeros(2)
+        work(weight[at].float().contiguous().numpy(), at, sums)
         return sums
 
+    out, width = weight.shape
     rows = max(1, SLAB // width)
     starts = range(0, out, rows)
     if threads > 1 and len(starts) > 1:
         with ThreadPoolExecutor(threads, thread_name_prefix="solve") as pool:
-            sums = list(pool.map(work, starts))
+            sums = list(pool.map(one, starts))
     else:
-        sums = [work(start) for start in starts]
-    found = QuantizedTensor(grid=grid, codes=plainly.codes, scale=torch.from_numpy(scales).half(), zero=zero)
-    return Searched(
-        tensor=found, error=sum(float(pair[0]) for pair in sums), baseline=sum(float(pair[1]) for pair in sums)
-    )
+        sums = [one(start) for start in starts]
+    return sum(float(pair[0]) for pair in sums), sum(float(pair[1]) for pair in sums)
 
 
 def power(sizes: np.ndarray, norm: float) -> float:
     """sum sizes^norm as the kernel takes it, for numbers of at least 0 [n] float32."""
     scratch = sizes.astype(np.float32)
-    return float(_norm(scratch, scratch.view(np.int32), np.empty_like(scratch), len(sizes), np.float32(norm)))
+    return float(norm_of(scratch, scratch.view(np.int32), np.empty_like(scratch), len(sizes), np.float32(norm)))
 
 
 @summing
-def _norm(size, bits, exponent, n, norm):  # type: ignore[no-untyped-def]
+def norm_of(size, bits, exponent, n, norm):  # type: ignore[no-untyped-def]
     """sum size^norm of n numbers, which are used up; bits shares their memory, exponent is scratch."""
     for i in range(n):
         whole = (bits[i] - ROOT_HALF) >> np.int32(23)
@@ -129,7 +150,7 @@ def _stored_error(weight, scale, shift, low, high, size, bits, exponent, norm): 
     for i in range(len(weight)):
         code = min(max(np.rint(weight[i] / scale) + shift, low), high) - shift
         size[i] = abs(weight[i] - code * scale)
-    return _norm(size, bits, exponent, len(weight), norm)
+    return norm_of(size, bits, exponent, len(weight), norm)
 
 
 @jit
@@ -196,7 +217,7 @@ def solve_blocks(  # type: ignore[no-untyped-def]
                             taken = shrunk if rest[i] > ZERO else -shrunk
                             total -= taken
                             inner -= taken * whole[i]
-                error = _norm(size, size_bits, exponent, n, norm)
+                error = norm_of(size, size_bits, exponent, n, norm)
                 if error < LESS * least:
                     least = error
                     kept_step, kept_window = step, window
