@@ -20,6 +20,7 @@ from roundel.ops.numba.half_quadratic import (
     ZERO,
     norm_of,
     share_slabs,
+    shrunk_sums,
 )
 from roundel.ops.numba.integer_search import as_stored
 from roundel.ops.search import Searched
@@ -132,12 +133,9 @@ def solve_blocks(stored, group, bits, iterations, constants, codes, scales, zero
             for _ in range(iterations + 1):
                 biggest, first, square, total, inner = _round(weight, step, zero, largest, whole, rest, size)
                 if biggest > untouched:
-                    for i in range(end - begin):
-                        shrunk = size[i] - max(size[i], np.float32(1e-30)) ** (norm - ONE) / beta
-                        if shrunk > ZERO:
-                            taken = shrunk if rest[i] > ZERO else -shrunk
-                            total -= taken
-                            inner -= taken * whole[i]
+                    taken, met = shrunk_sums(size, rest, whole, end - begin, norm, beta)
+                    total -= taken
+                    inner -= met
                 error = norm_of(size, size_bits, exponent, end - begin, norm)
                 if error < LESS * least:
                     least, kept, kept_zero = error, step, zero

@@ -34,6 +34,7 @@ __all__ = [
     "norm_of",
     "power",
     "share_slabs",
+    "shrunk_sums",
     "solve_tensor",
 ]
 
@@ -154,6 +155,20 @@ def _stored_error(weight, scale, shift, low, high, size, bits, exponent, norm): 
 
 
 @jit
+def shrunk_sums(size, rest, whole, n, norm, beta):  # type: ignore[no-untyped-def]
+    """Of n errors as they are shrunk: their sum, and that of their products by the codes."""
+    total = ZERO
+    inner = ZERO
+    for i in range(n):
+        shrunk = size[i] - max(size[i], np.float32(1e-30)) ** (norm - ONE) / beta
+        if shrunk > ZERO:
+            taken = shrunk if rest[i] > ZERO else -shrunk
+            total += taken
+            inner += taken * whole[i]
+    return total, inner
+
+
+@jit
 def _better_step(product, square, step, one_bits, one_float):  # type: ignore[no-untyped-def]
     """product / square as it can be stored; the step as it was where that is none."""
     if square > ZERO and product > ZERO:
@@ -211,12 +226,9 @@ def solve_blocks(  # type: ignore[no-untyped-def]
                     weight, step, -window, largest - window, whole, rest, size
                 )
                 if biggest > untouched:
-                    for i in range(n):
-                        shrunk = size[i] - max(size[i], np.float32(1e-30)) ** (norm - ONE) / beta
-                        if shrunk > ZERO:
-                            taken = shrunk if rest[i] > ZERO else -shrunk
-                            total -= taken
-                            inner -= taken * whole[i]
+                    taken, met = shrunk_sums(size, rest, whole, n, norm, beta)
+                    total -= taken
+                    inner -= met
                 error = norm_of(size, size_bits, exponent, n, norm)
                 if error < LESS * least:
                     least = error
