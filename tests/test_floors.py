@@ -21,7 +21,7 @@ FLOORS = (  # from the lowest; a part imports only from rows above its own, and 
     ("report", "card"),
     ("page",),
     ("verification", "output", "committer"),
-    ("calibrated",),
+    ("calibrated", "standalone"),
     ("estimate",),
     ("pipeline",),
     ("api",),

@@ -25,6 +25,7 @@ from roundel.data.bundled import bundled_model
 from roundel.errors import NumericsError, OutputError, PlanChanged, PlanError, SourceError
 from roundel.io.journal import JOURNAL, alone, read_journal
 from roundel.output import open_shards
+from roundel.standalone import Standalone
 from victim import Victims
 
 DEEP: dict[str, Any] = {"num_hidden_layers": 24, "hidden_size": 128, "intermediate_size": 256}
@@ -73,12 +74,12 @@ def test_a_note_on_one_format_leaves_the_others_whole(tmp_path: Path, monkeypatc
     model = tokenized(build("gpt_oss", tmp_path / "model"))  # each expert's bias is a part of a tensor of the source's
     options: dict[str, Any] = {"format": "gguf:q8_0,fake"}
     roundel.quantize(model, tmp_path / "plain", **options)
-    restate = pipeline._Loop._restate
+    restate = Standalone._restate
 
-    def noting(loop: pipeline._Loop, *given: Any) -> str:
-        return restate(loop, *given) or "a note"
+    def noting(pieces: Standalone, *given: Any) -> str:
+        return restate(pieces, *given) or "a note"
 
-    monkeypatch.setattr(pipeline._Loop, "_restate", noting)
+    monkeypatch.setattr(Standalone, "_restate", noting)
     roundel.quantize(model, tmp_path / "noted", **options)
     plain, noted = (
         {name: found for name, found in hashes(tmp_path / folder).items() if not name.endswith("report.json")}
@@ -174,13 +175,14 @@ def test_killed_while_an_output_is_replaced(model: Path, out: Path, tmp_path: Pa
 
 SLOW = """
 import sys, time
-from roundel import committer, pipeline
+from roundel import committer
+from roundel.standalone import Standalone
 from roundel.cli.main import main
-perform = pipeline._Loop._perform
+perform = Standalone.perform
 def slowly(self, work):
     time.sleep(0.02)
     return perform(self, work)
-pipeline._Loop._perform, committer.FLUSH_SECONDS = slowly, 0.02
+Standalone.perform, committer.FLUSH_SECONDS = slowly, 0.02
 main()
 """
 
@@ -246,15 +248,15 @@ def test_the_command_is_interrupted_and_repeated(out: Path, tmp_path: Path) -> N
 
 def begun(model: Path, out: Path, **options: Any) -> None:
     """An unfinished run: all but the last piece of work."""
-    perform = pipeline._Loop._perform
+    perform = Standalone.perform
 
-    def stop(loop: pipeline._Loop, work: Any) -> Any:
-        if work.name == loop.plan.works[-1].name:
+    def stop(pieces: Standalone, work: Any) -> Any:
+        if work.name == pieces.plan.works[-1].name:
             raise KeyboardInterrupt
-        return perform(loop, work)
+        return perform(pieces, work)
 
     with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(pipeline._Loop, "_perform", stop)
+        patched.setattr(Standalone, "perform", stop)
         roundel.quantize(model, out, workers=1, **options)
 
 
