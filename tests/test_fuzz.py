@@ -35,12 +35,14 @@ KINDS: dict[str, Callable[[Path], Path]] = {
         f"{name}-{scheme}": lambda folder, name=name, scheme=scheme: written(folder, name, scheme)
         for name, scheme in (
             ("auto_round", "W4A16G32"), ("auto_round", "W4A16G32_ASYM"), ("auto_round", "W3A16G32_ASYM"),
-            ("auto_round", "MXFP4"), ("auto_round", "MXINT4"), ("auto_round:mlx", "W4A16G32_ASYM"),
+            ("auto_round", "MXFP4"), ("auto_round", "MXINT4"), ("auto_round", "FP8_BLOCK"),
+            ("auto_round", "FPW8A16"), ("auto_round:mlx", "W4A16G32_ASYM"),
             ("auto_gptq", "W4A16G32_ASYM"), ("gptq_v2", "W2A16G32"), ("auto_awq", "W4A16G32_ASYM"),
             ("llm_compressor", "W4A16G32_ASYM"), ("llm_compressor", "INT8_W8A8"), ("llm_compressor", "W3A16G32"),
             ("llm_compressor", "FP8_DYNAMIC"), ("llm_compressor", "FPW8A16"), ("llm_compressor", "MXFP8"),
             ("llm_compressor", "NVFP4A16"), ("fp8", "FP8_BLOCK"), ("mlx", "W4A16G32"), ("mlx", "W3A16G32_ASYM"),
             ("mlx", "MXFP4A16"), ("bnb", "NF4"), ("bnb", "NF4_DQ"), ("hqq", "W4A16G32_ASYM"), ("hqq", "W3A16G32"),
+            ("hqq", "W1A16G32_HQQ"),
         )
     },
     "fp8-foreign": lambda folder: build_fp8(folder / "m", block_size=32, **SMALL),

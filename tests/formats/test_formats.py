@@ -167,6 +167,8 @@ def test_autoround_settles_by_what_all_layers_are() -> None:
     assert packing("MXFP4", "MXFP8") == packing("NVFP4") == "auto_round:llm_compressor"
     assert packing("MXINT4") == "auto_round"
     assert packing("FP8_STATIC") == "auto_round:fp8_static"
+    assert packing("FP8_BLOCK") == "auto_round:fp8"
+    assert packing("FPW8A16") == ""  # auto-round names none
     with pytest.raises(PlanError, match="not several"):
         packing("MXFP4", "W4A16")
 

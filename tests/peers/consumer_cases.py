@@ -327,6 +327,8 @@ LIMITS = (
     Case(format="hqq", limit="transformers 5 has no HQQ"),
     Case(format="bnb", scheme="NF4", dtype="bfloat16", options=HEAD, limit="transformers keeps the head"),
     Case(format="bnb", scheme="NF4", dtype="bfloat16", model="qwen3_moe", limit=FUSED),
+    Case(scheme="FP8_BLOCK", dtype="bfloat16", limit="it compares its own group size, a pair, with a number"),
+    Case(scheme="FPW8A16", dtype="bfloat16", limit="it refuses its own group size, 0"),
     Case(model="mixtral", limit=RENAMED),
     Case(model="llama_odd", limit="without whole groups it falls to a class for simulation, which fails"),
     Case(format="auto_gptq", options=MIXED, limit="optimum does not read `dynamic`"),

@@ -13,12 +13,16 @@ from transformers import AutoModelForCausalLM
 
 import roundel
 from inference.test_loading import IDS, expected, near, packed_layers, said
+from roundel.checkpoint import open_checkpoint
 from roundel.data.bundled import bundled_model
+from roundel.matrices import errors_of
+from roundel.scheme import PRESETS
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
 PYTHON = Path(os.environ.get("ROUNDEL_PEERS", ROOT / ".peers")) / "auto-round" / "bin" / "python"
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="auto-round is not there: run `make peers`")
 FORMATS = {"auto_round": True, "auto_gptq": False, "auto_awq": False}  # -> symmetric?
+FLOATS = ("FP8_BLOCK", "FPW8A16")  # which auto-round writes and does not load
 THEIRS = """
 import roundel, sys
 from transformers import AutoModelForCausalLM
@@ -35,6 +39,11 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
          "sym": sym, "group_size": 32, "route": "regular", "bf16": False, "enable_torch_compile": False}
         for name, sym in FORMATS.items()
     ]  # fmt: skip
+    jobs += [
+        {"name": name, "model": str(bundled_model()), "out": str(folder / name), "format": "auto_round", "scheme": name,
+         "route": "regular", "bf16": True, "enable_torch_compile": False}
+        for name in FLOATS
+    ]  # fmt: skip
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = [str(PYTHON), str(HERE / "run_auto_round.py"), str(folder / "jobs.json")]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -49,6 +58,28 @@ def test_they_say_what_they_decode_to(foreign: Path, format_: str) -> None:
     assert near(said(model), expected(foreign / format_))
     assert torch.equal(said(model), said(roundel.load(foreign / format_)))
     assert torch.equal(said(model, IDS[:1, :1]), said(roundel.load(foreign / format_), IDS[:1, :1]))
+
+
+@pytest.mark.parametrize("scheme", FLOATS)
+def test_floats_that_only_it_writes(foreign: Path, scheme: str, tmp_path: Path) -> None:
+    """Read as what they are, and ours have the same tensors and the same config, but for what we add."""
+    theirs = open_checkpoint(foreign / scheme)
+    read = {name: layer.scheme for name, layer in theirs.layers.items()}
+    assert len(read) == 28 and set(read.values()) == {PRESETS[scheme]}
+    for name in read:
+        near_to = errors_of(open_checkpoint(bundled_model()).tensor(f"{name}.weight"), theirs.tensor(f"{name}.weight"))
+        assert near_to.sqnr > 30
+    assert torch.isfinite(said(roundel.load(foreign / scheme))).all()
+    roundel.quantize(bundled_model(), tmp_path / "out", scheme=scheme)
+    ours = open_checkpoint(tmp_path / "out")
+    specs = [{n: (s.dtype, s.shape) for n, s in c.source.tensors.items()} for c in (ours, theirs)]
+    assert specs[0] == specs[1]
+    told, found = (
+        json.loads((folder / "config.json").read_text())["quantization_config"]
+        for folder in (foreign / scheme, tmp_path / "out")
+    )
+    unread = {"autoround_version", "enable_quanted_input", "iters", "provider", "extra_config"}
+    assert {k: v for k, v in told.items() if k not in unread} == {k: v for k, v in found.items() if k not in unread}
 
 
 def test_where_auto_round_is_installed_it_stays(foreign: Path) -> None:

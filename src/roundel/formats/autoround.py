@@ -5,6 +5,8 @@
     auto_round                  any other integers: GPTQ words, zero points stored as they are; or MXINT4
     auto_round:llm_compressor   MXFP4, MXFP8 and NVFP4: the tensors of compressed-tensors
     auto_round:fp8_static       FP8_STATIC: FP8 by channel, scales [out], and a scale for the inputs
+    auto_round:fp8              FP8_BLOCK: scales named weight_scale_inv, which codes are multiplied by
+    (no packing_format)         FPW8A16: FP8 and one scale [1]
 The layout is one for the whole file, so it is chosen when all layers are known (`settle`).
 """
 
@@ -17,6 +19,8 @@ from typing import TYPE_CHECKING, ClassVar
 from roundel.errors import PlanError, SourceError
 from roundel.formats.autoround_mlx import MLX_PACKING
 from roundel.formats.floats import (
+    block_size,
+    decode_blocks,
     find_fp8,
     find_nvfp4,
     fp8_outputs,
@@ -50,6 +54,9 @@ LAYOUTS = {
 }
 FLOAT_PACKING = "auto_round:llm_compressor"
 STATIC_PACKING = "auto_round:fp8_static"
+BLOCK_PACKING = "auto_round:fp8"
+UNNAMED = ""
+FP8_PACKINGS = {"FP8_STATIC": STATIC_PACKING, "FP8_BLOCK": BLOCK_PACKING, "FPW8A16": UNNAMED}
 
 
 @dataclass(frozen=True)
@@ -64,12 +71,10 @@ class AutoRound(Format):
     def refuse(self, layer: Layer) -> str | None:
         if layer.scheme.is_integer:
             return refuse_words(layer, self.name, BITS["gptq"], "gptq")
-        if layer.scheme.input is None or layer.scheme == PRESETS["FP8_BLOCK"]:
-            return f"{self.name} readers do not load {layer.scheme.name}"
-        if layer.scheme.weight.scale == "E8M0":
+        if layer.scheme not in (PRESETS["NVFP4"], *map(PRESETS.get, FP8_PACKINGS)):
+            if layer.scheme.input is None or layer.scheme.weight.scale != "E8M0":
+                return f"{self.name} has no layout for {layer.scheme.name}"
             return refuse_mx(layer, self.name, integers=True)
-        if layer.scheme not in (PRESETS["NVFP4"], PRESETS["FP8_STATIC"]):
-            return f"{self.name} has no layout for {layer.scheme.name}"
         return refuse_floats(layer, self.name)
 
     def settle(self, layers: Sequence[Layer]) -> Format:
@@ -105,7 +110,8 @@ class AutoRound(Format):
             return mx_outputs(layer)
         if isinstance(layer.scheme.weight.scale, Grid):
             return nvfp4_outputs(layer)
-        return tuple(replace(s, shape=s.shape[:1]) if s.name == "weight_scale" else s for s in fp8_outputs(layer))
+        specs = fp8_outputs(layer, _scale_name(layer.scheme))
+        return tuple(replace(s, shape=s.shape[:1]) if s.name == "weight_scale" else s for s in specs)
 
     def pack(self, layer: Layer, weight: QuantizedTensor) -> dict[str, Tensor]:
         if weight.grid.element.is_integer:
@@ -114,8 +120,8 @@ class AutoRound(Format):
             return pack_mx(weight)
         if isinstance(weight.grid.scale, Grid):
             return pack_nvfp4(layer, weight)
-        parts = pack_fp8(layer, weight)
-        return parts | {"weight_scale": parts["weight_scale"].flatten()}
+        parts = pack_fp8(layer, weight, _scale_name(layer.scheme))
+        return parts | {"weight_scale": parts["weight_scale"].flatten()} if "weight_scale" in parts else parts
 
     def unpack(self, layer: Layer, stored: Mapping[str, Tensor]) -> QuantizedTensor:
         grid = (layer.stored.scheme or layer.scheme).weight
@@ -124,6 +130,9 @@ class AutoRound(Format):
         if grid.scale == "E8M0":
             return unpack_mx(layer, stored)
         return unpack_nvfp4(layer, stored) if isinstance(grid.scale, Grid) else unpack_fp8(layer, stored)
+
+    def decode(self, weight: QuantizedTensor) -> Tensor:
+        return decode_blocks(weight)
 
     def config(self, contents: Contents) -> dict[str, object]:
         default = contents.default
@@ -138,7 +147,7 @@ class AutoRound(Format):
                 extra[layer.name] = _fields(layer.scheme)
         found: dict[str, object] = {
             "quant_method": "auto-round",
-            "packing_format": self.packing,
+            **({"packing_format": self.packing} if self.packing != UNNAMED else {}),
             **_fields(default),
             "iters": 0,
             "autoround_version": LAYOUT_VERSION,
@@ -152,11 +161,12 @@ class AutoRound(Format):
     def recognize(self, quantization: Mapping[str, object]) -> Format | None:
         if quantization.get("quant_method") not in ("auto-round", "intel/auto-round"):
             return None
-        packing = str(quantization.get("packing_format", "auto_round:gptq"))
+        floats = _kind(quantization) == "fp"
+        packing = str(quantization.get("packing_format", UNNAMED if floats else "auto_round:gptq"))
         if packing == MLX_PACKING:
             return None
-        known = (*LAYOUTS, FLOAT_PACKING, STATIC_PACKING)
-        if packing not in known:
+        known = (*LAYOUTS, FLOAT_PACKING, STATIC_PACKING, BLOCK_PACKING)
+        if packing not in (*known, UNNAMED):
             raise SourceError(f"AutoRound packing {packing!r} is not read. Read are {', '.join(known)}.")
         turned = next((key for key in ("rotation_config", "spinquant_config") if quantization.get(key)), None)
         if turned is not None:
@@ -173,10 +183,10 @@ class AutoRound(Format):
         if _kind(self.quantization) == "mx_int":
             found = find_mx(module, parts)
             return found and replace(found, scheme=PRESETS["MXINT4"])
-        if self.packing == STATIC_PACKING:
-            static = PRESETS["FP8_STATIC"]
-            found = find_fp8(module, parts, PRESETS["FP8_BLOCK"].weight.block)
-            return found and replace(found, scheme=replace(static, weight=found.scheme.weight))
+        fp8 = next((PRESETS[name] for name, packing in FP8_PACKINGS.items() if packing == self.packing), None)
+        if fp8 is not None:
+            found = find_fp8(module, parts, block_size(self.quantization.get("weight_block_size")))
+            return found and replace(found, scheme=replace(fp8, weight=found.scheme.weight))
         extra = self.quantization.get("extra_config")
         here = {**self.quantization, **matching_override(module, extra if isinstance(extra, Mapping) else {})}
         return find_words(module, parts, self._layout, here, bool(here.get("sym", True)))
@@ -188,7 +198,12 @@ def _float_packing(scheme: Scheme) -> str | None:
         return None
     if scheme == PRESETS["MXINT4"]:
         return "auto_round"
-    return STATIC_PACKING if scheme == PRESETS["FP8_STATIC"] else FLOAT_PACKING
+    return next((packing for name, packing in FP8_PACKINGS.items() if scheme == PRESETS[name]), FLOAT_PACKING)
+
+
+def _scale_name(scheme: Scheme) -> str:
+    """Of FP8's scales."""
+    return "weight_scale_inv" if scheme == PRESETS["FP8_BLOCK"] else "weight_scale"
 
 
 def _kind(fields: Mapping[str, object]) -> str:
@@ -213,6 +228,8 @@ def _fields(scheme: Scheme) -> dict[str, object]:
     }
     if found["data_type"] == "fp":
         found |= {"activation_scheme": "dynamic" if scheme.dynamic else "static", "fmt": "e4m3"}
+    if scheme.weight.block[0] > 1:
+        found |= {"group_size": list(scheme.weight.block), "weight_block_size": list(scheme.weight.block)}
     return found | _activations(scheme)
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from roundel.errors import GridError, SourceError
 from roundel.formats.format import Found
 from roundel.formats.mxfp import pack_nibbles, unpack_nibbles
-from roundel.scheme import ELEMENTS, PRESETS, Grid, Scheme
+from roundel.scheme import ELEMENTS, LARGEST_BLOCK, PRESETS, Grid, Scheme
 from roundel.tensor import QuantizedTensor, TensorSpec
 from roundel.unit import Layer
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "block_size",
     "decode_blocks",
     "find_fp8",
     "find_nvfp4",
@@ -76,6 +77,19 @@ def pack_fp8(layer: Layer, weight: QuantizedTensor, scale: str = "weight_scale")
     stored = weight.scale.reshape(1) if weight.grid.block == (0, 0) else weight.scale
     parts = {"weight": weight.codes, scale: stored}
     return parts | {"input_scale": _input_scale(layer, weight).to(stored.dtype)} if _measured(layer) else parts
+
+
+def block_size(declared: object) -> tuple[int, int]:
+    """The size of FP8's blocks that a config declares, 128 x 128 where it is silent.
+
+    Raises SourceError for what is no pair of sizes.
+    """
+    if declared is None:
+        return PRESETS["FP8_BLOCK"].weight.block
+    sizes = declared if isinstance(declared, list) and len(declared) == 2 else [0]
+    if not all(type(n) is int and 0 < n <= LARGEST_BLOCK for n in sizes):
+        raise SourceError(f"The config's weight_block_size is {declared!r:.80}. Mend its quantization_config.")
+    return sizes[0], sizes[1]
 
 
 def find_fp8(

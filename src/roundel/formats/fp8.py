@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from roundel.errors import SourceError
 from roundel.formats.compressed_config import kv_cache_of
 from roundel.formats.floats import (
+    block_size,
     decode_blocks,
     find_fp8,
     find_nvfp4,
@@ -24,7 +24,7 @@ from roundel.formats.floats import (
     unpack_nvfp4,
 )
 from roundel.formats.format import Contents, Format, Found
-from roundel.scheme import LARGEST_BLOCK, PRESETS, Scheme
+from roundel.scheme import PRESETS, Scheme
 from roundel.tensor import QuantizedTensor, TensorSpec
 from roundel.unit import Layer
 
@@ -88,23 +88,10 @@ class Fp8(Format):
         return Fp8(quantization=quantization) if quantization.get("quant_method") == "fp8" else None
 
     def find(self, module: str, parts: Mapping[str, TensorSpec]) -> Found | None:
-        found = find_fp8(module, parts, self._block())
+        found = find_fp8(module, parts, block_size(self.quantization.get("weight_block_size")))
         if found is None or found.scheme.weight.block != BLOCK.weight.block:
             return found
         return replace(found, scheme=replace(BLOCK, weight=found.scheme.weight))
-
-    def _block(self) -> tuple[int, int]:
-        """The config's block size, which some files leave out."""
-        block = self.quantization.get("weight_block_size")
-        if block is None:
-            return BLOCK.weight.block
-        if (
-            isinstance(block, list)
-            and len(block) == 2
-            and all(type(n) is int and 0 < n <= LARGEST_BLOCK for n in block)
-        ):
-            return block[0], block[1]
-        raise SourceError(f"The config's weight_block_size is {block!r:.80}. Mend its quantization_config.")
 
 
 @dataclass(frozen=True)
