@@ -100,6 +100,14 @@ def test_checkpoints_of_other_tools(kind: str, tmp_path: Path) -> None:
     assert near(said(model), expected(tmp_path), FEW)
 
 
+def test_it_says_how_far_it_is(tmp_path: Path) -> None:
+    told: list[tuple[float, str]] = []
+    roundel.load(made("llama", tmp_path), tick=lambda *at: told.append(at))
+    shares = [share for share, _ in told]
+    assert shares == sorted(shares) and shares[0] == 0 and 0.5 < shares[-1] <= 1
+    assert "model.layers.1.mlp.up_proj.weight" in {name for _, name in told}
+
+
 def test_a_float_checkpoint_is_loaded_too(tmp_path: Path) -> None:
     folder = pico.build("qwen2", tmp_path)
     model = roundel.load(folder)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from roundel.cli.measuring import MeasuringBar, compared_table, passage_options, print_notes, write_file, write_json
+from roundel.cli.measuring import compared_table, passage_options, print_notes, write_file, write_json
 
 __all__ = ["compare"]
 
@@ -35,7 +35,7 @@ def compare(
       roundel compare ./model ./out-w4 ./out-w3 --ppl mytext.txt
       roundel compare ./out-* --source ./model --ppl wikitext:split=test --limit 40 --html comparison.html
     """
-    from roundel.cli.show import console
+    from roundel.cli.show import Bar, console
     from roundel.errors import RecipeError
     from roundel.evaluation.comparison_page import comparison_page
     from roundel.evaluation.measure import measure
@@ -43,7 +43,7 @@ def compare(
     everyone = models if source is None or source in models[:1] else (source, *(m for m in models if m != source))
     if len(everyone) < 2:
         raise RecipeError("There is nothing to compare with. Name two models or more, or a --source.")
-    with MeasuringBar() as bar:
+    with Bar() as bar:
         found = measure(everyone, text, tick=bar.tick, **options)
     print_notes(found.notes)
     console.print(compared_table(found))

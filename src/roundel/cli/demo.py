@@ -47,8 +47,8 @@ def _run(scheme: str, out: Path, prompt: str) -> None:
     from roundel.api import quantize
     from roundel.calibration.tokenizer import load_tokenizer
     from roundel.checkpoint import open_checkpoint
-    from roundel.cli.measuring import MeasuringBar, measured_table
-    from roundel.cli.show import console
+    from roundel.cli.measuring import measured_table
+    from roundel.cli.show import Bar, console
     from roundel.data.bundled import bundled_model
     from roundel.evaluation.measure import measure
     from roundel.evaluation.models import decoded_model, float_model
@@ -58,7 +58,7 @@ def _run(scheme: str, out: Path, prompt: str) -> None:
         quantize(source, out, scheme=scheme)
         status.update("verifying")
         _verify(out, source)
-    with MeasuringBar() as bar:
+    with Bar() as bar:
         found = measure([source, out], "bundled", window=WINDOW, names=("bfloat16", scheme), tick=bar.tick)
     console.print(measured_table(found))
     checkpoint = open_checkpoint(out)

@@ -10,7 +10,6 @@ import click
 from rich.markup import escape
 
 from roundel.cli.measuring import (
-    MeasuringBar,
     measured_table,
     passage_options,
     print_notes,
@@ -71,7 +70,7 @@ def eval_(
       roundel eval ./out --tasks mytask --include-path ./tasks --limit 100 --eval-bs 8
       roundel eval ./out --tasks gsm8k --backend vllm
     """
-    from roundel.cli.show import console
+    from roundel.cli.show import Bar, console
     from roundel.errors import RecipeError
     from roundel.evaluation.measure import measure
 
@@ -90,7 +89,7 @@ def eval_(
     models = [model] if source is None else [source, model]
     numbers: dict[str, object] = {}
     if text is not None:
-        with MeasuringBar() as bar:
+        with Bar() as bar:
             found = measure(models, text, positions=per_position, tick=bar.tick, **options)
         print_notes(found.notes)
         console.print(measured_table(found))
@@ -112,7 +111,7 @@ def _tasks(
     options: dict[str, Any],
 ) -> tuple[list[dict[str, object]], bool]:
     """Run and print tasks, on every model; what they gave, and whether one failed."""
-    from roundel.cli.show import console
+    from roundel.cli.show import Bar, console
     from roundel.errors import RecipeError
     from roundel.evaluation.tasks import differences, run_tasks
 
@@ -121,7 +120,7 @@ def _tasks(
         if not Path(model).is_dir():
             raise RecipeError(f"Tasks run on models in a folder, and {model} is none. Fetch it with `hf download`.")
     for model in models:
-        with MeasuringBar() as bar:
+        with Bar() as bar:
             runs.append(
                 run_tasks(
                     Path(model),

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from roundel.evaluation.tasks import TaskRun
 
 __all__ = [
-    "MeasuringBar",
     "compared_table",
     "measured_table",
     "passage_options",
@@ -53,36 +52,6 @@ def passage_options(command: Command) -> Command:
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
-
-
-class MeasuringBar:
-    """A bar with the time left and what is at hand."""
-
-    def __init__(self) -> None:
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-        from roundel.cli.show import console
-
-        self._progress = Progress(
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}", markup=False),
-            console=console,
-            transient=True,
-        )
-        self._task = self._progress.add_task("", total=1.0)
-
-    def __enter__(self) -> MeasuringBar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def tick(self, done: float, text: str) -> None:
-        self._progress.update(self._task, completed=done, description=text)
 
 
 def measured_table(found: Evaluation) -> Table:

@@ -58,21 +58,20 @@ def loaded(path: str, device: str, backend: str | None, trust_remote_code: bool)
 
     from rich.console import Console
     from rich.markup import escape
-    from rich.status import Status
 
+    from roundel.cli.show import Bar
     from roundel.inference.loading import load
     from roundel.inference.text import tokenizer_for
 
     console = Console(stderr=True)  # what is written goes to the output alone
-    with Status("loading", console=console):
-        with warnings.catch_warnings(record=True) as notes:
-            model = load(path, device=device, backend=backend, trust_remote_code=trust_remote_code)
-        for note in notes:
-            if note.category is UserWarning:
-                console.print(f"[yellow]note[/] {escape(str(note.message))}")
-            else:
-                warnings.warn_explicit(note.message, note.category, note.filename, note.lineno)
-        return model, tokenizer_for(path, model, trust_remote_code=trust_remote_code)
+    with warnings.catch_warnings(record=True) as notes, Bar(console) as bar:
+        model = load(path, device=device, backend=backend, trust_remote_code=trust_remote_code, tick=bar.tick)
+    for note in notes:
+        if note.category is UserWarning:
+            console.print(f"[yellow]note[/] {escape(str(note.message))}")
+        else:
+            warnings.warn_explicit(note.message, note.category, note.filename, note.lineno)
+    return model, tokenizer_for(path, model, trust_remote_code=trust_remote_code)
 
 
 def write(text: str) -> None:

@@ -15,10 +15,40 @@ from roundel.planning import Plan
 from roundel.planning.room import expected_peak, unit_memory
 from roundel.report import Report
 
-__all__ = ["console", "decibel", "duration", "folded", "print_plan", "print_report", "table"]
+__all__ = ["Bar", "console", "decibel", "duration", "folded", "print_plan", "print_report", "table"]
 
 console = Console(highlight=False, soft_wrap=False)
 NAMED = 3  # layers that fell back, named by the report of a run
+
+
+class Bar:
+    """A bar with the time left and what is at hand."""
+
+    def __init__(self, where: Console | None = None) -> None:
+        """where: None for the output"""
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        self._progress = Progress(
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=where or console,
+            disable=not (where or console).is_interactive,
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=1.0)
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def tick(self, done: float, text: str) -> None:
+        self._progress.update(self._task, completed=done, description=text)
 
 
 def duration(seconds: float) -> str:

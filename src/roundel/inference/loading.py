@@ -44,6 +44,7 @@ def load(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    tick: Callable[[float, str], None] | None = None,
 ) -> Any:
     """The causal language model of a checkpoint, rounded or not, ready for `generate`.
 
@@ -53,6 +54,7 @@ def load(
     dtype     of activations, norms and other small tensors; None: float32 on a CPU, elsewhere the config's. Rounded
               layers, and on a CPU kept matrices too, stay as they are stored whatever it is
     trust_remote_code   whether code that ships inside the checkpoint may run
+    tick      told how much is loaded, 0 to 1, and what is at hand
 
     Inputs of layers are not rounded, also where the scheme has a grid for them (MXFP4, MXFP8).
     Raises SourceError for a broken checkpoint, PlanError for a model that transformers does not know, BackendError when
@@ -63,17 +65,24 @@ def load(
         checkpoint = open_checkpoint(path, revision, Path(work))
         try:
             chosen = _dtype(checkpoint, dtype, where)
-            return _loaded(checkpoint, where, backend, chosen, trust_remote_code)
+            return _loaded(checkpoint, where, backend, chosen, trust_remote_code, tick)
         finally:
             checkpoint.close()
 
 
-def _loaded(checkpoint: Checkpoint, device: str, backend: str | None, dtype: torch.dtype, trusted: bool) -> nn.Module:
+def _loaded(
+    checkpoint: Checkpoint,
+    device: str,
+    backend: str | None,
+    dtype: torch.dtype,
+    trusted: bool,
+    tick: Callable[[float, str], None] | None,
+) -> nn.Module:
     folder = checkpoint.source.small_folder()
     backends = chosen_backends(checkpoint, device, backend)
     check_room(checkpoint, device, dtype)
     model = empty_model(checkpoint.source.config, folder, dtype, trust_remote_code=trusted)
-    fill(model, checkpoint, device, dtype, backends)
+    fill(model, checkpoint, device, dtype, backends, tick)
     if checkpoint.reader is not None and backends:
         from roundel.inference.kept import Kept, StoredConfig
 
@@ -100,9 +109,16 @@ def chosen_backends(checkpoint: Checkpoint, device: str, backend: str | None) ->
 
 
 def fill(
-    model: nn.Module, checkpoint: Checkpoint, device: str, dtype: torch.dtype, backends: Mapping[str, Backend]
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    device: str,
+    dtype: torch.dtype,
+    backends: Mapping[str, Backend],
+    tick: Callable[[float, str], None] | None = None,
 ) -> None:
     """Give a model whose tensors are on the meta device those of a checkpoint, its rounded layers packed.
+
+    tick   told how much of the numbers it has, 0 to 1, and which come next
 
     Raises SourceError when a tensor is missing or has another shape, PlanError when a module takes no rounded layer.
     """
@@ -110,8 +126,13 @@ def fill(
     fill_buffers(model, spelling.tensors, device)
     unfuse(model, spelling.experts)
     filling = _Filling(checkpoint, model, device, dtype, backends)
+    sizes = {tensor: math.prod(checkpoint.shape(tensor)) for tensor in spelling.tensors.values()}
+    done, whole = 0, max(1, sum(sizes.values()))
     for name, tensor in spelling.tensors.items():
+        if tick is not None:
+            tick(done / whole, name)
         filling.put(name, tensor)
+        done += sizes[tensor]
     filling.tie()
     if backends:
         others = dict(model._modules)
