@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import roundel
 from commands import command
@@ -47,6 +48,9 @@ def problem(found: Verification) -> str:
         {"scheme": "W4A16G32_ASYM", "format": "auto_awq"},
         {"scheme": "MXFP4"},
         {"scheme": "MXFP8", "format": "llm_compressor"},
+        {"scheme": "FP8_BLOCK", "format": "llm_compressor"},  # whose readers compute in bfloat16
+        {"scheme": "FP8_BLOCK", "format": "fp8"},
+        {"scheme": "W8A16G64_ASYM", "format": "mlx"},  # whose biases are rounded
         {"quant_lm_head": True, "ignore_layers": ["layers.0"]},
     ],
 )
@@ -60,6 +64,16 @@ def test_all_is_well(options: dict[str, object], model: Path, tmp_path: Path) ->
     assert against.worst is not None and report.worst is not None and against.worst.name == report.worst.name
     packed = {check.name for check in against.checks if check.sqnr is not None}
     assert packed == {layer.name for layer in report.plan.layers}
+
+
+def test_the_report_speaks_of_the_first_of_several_formats(tmp_path: Path) -> None:
+    model = build("llama", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    save_file(tensors | {f"{NAME}.weight": -tensors[f"{NAME}.weight"].abs()}, model / "model.safetensors")
+    roundel.quantize(model, tmp_path / "out", scheme="W8A16G64_ASYM", format="mlx,auto_round")  # zero points up to 255
+    mlx, plain = (verify(tmp_path / "out" / name, model) for name in ("mlx", "auto_round"))
+    assert mlx.passed and plain.passed, plain.problems
+    assert mlx.mean_sqnr is not None and plain.mean_sqnr is not None and mlx.mean_sqnr < plain.mean_sqnr
 
 
 def test_tied_heads_and_experts(tmp_path: Path) -> None:

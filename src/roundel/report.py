@@ -202,6 +202,7 @@ class Report:
             "revision": plan.source_revision,
             "family": plan.family,
             "format": plan.outputs[output].format.name,
+            "measured_as": plan.outputs[0].format.name,
             "algorithm": plan.recipe.algorithm,
             "transforms": [step.name for step in plan.recipe.chain.transforms],
             "bits_per_weight": round(plan.bits_per_weight, 4),
