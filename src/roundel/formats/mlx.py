@@ -138,8 +138,8 @@ def refuse_mlx(layer: Layer, name: str) -> str | None:
             f"{name} stores {', '.join(map(str, BITS[:-1]))} or {BITS[-1]} bits, {scheme.name} asks for {scheme.bits}"
         )
     columns = grid.block_of(layer.shape)[1]
-    if grid.element.is_integer and columns not in GROUPS:
-        return f"{name} has groups of 32, 64 or 128, {scheme.name} asks for {columns}"
+    if grid.element.is_integer and scheme.group_size not in GROUPS:  # whole rows, too: their lengths may differ
+        return f"{name} has groups of 32, 64 or 128, {scheme.name} asks for {scheme.group_size}"
     if width % columns:
         return f"{name} needs whole groups, {width} inputs are not divisible by {columns}"
     return None
