@@ -191,6 +191,22 @@ def test_fake_of_a_file_whose_embedding_is_rounded(tmp_path: Path) -> None:
     assert verify(tmp_path / "out", tmp_path / "q").passed
 
 
+def test_what_was_no_layer_before_counts_when_it_is_rounded(tmp_path: Path) -> None:
+    roundel.quantize(bundled_model(), tmp_path / "q", scheme="W2A16G32")
+    report = roundel.convert(tmp_path / "q", tmp_path / "out", format="gguf:q4_k_m", requantize=True)
+    told = report.converted
+    assert told is not None and told.exact + told.changed == 30 == len(report.plan.layers)
+    assert [row.note for row in report.rows if row.name == "lm_head"] == ["rounded, and was BF16"]
+    before, after = open_checkpoint(tmp_path / "q"), open_checkpoint(tmp_path / "out")
+    pairs = [(before.decode(name).double(), after.decode(name).double()) for name in before.matrices]
+    before.close()
+    after.close()
+    energy, noise = (sum(float(found.square().sum()) for found in of) for of in (
+        (old for old, _ in pairs), (old - new for old, new in pairs),
+    ))  # fmt: skip
+    assert told.errors.sqnr == pytest.approx(10 * math.log10(energy / noise), abs=0.01)
+
+
 def test_refused_before_any_work(tmp_path: Path) -> None:
     source = build_fp8(tmp_path / "m", "channel")
     reason = r"\(and 13 more\) is FP8_DYNAMIC: auto_gptq stores weight-only integers"

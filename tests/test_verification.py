@@ -16,6 +16,8 @@ import roundel
 from commands import command
 from models.pico import build
 from models.raw import plant, poke, raw_file, spot
+from roundel.checkpoint import open_checkpoint
+from roundel.data.bundled import bundled_model
 from roundel.errors import SourceError
 from roundel.verification import Verification, verify
 
@@ -74,6 +76,32 @@ def test_the_report_speaks_of_the_first_of_several_formats(tmp_path: Path) -> No
     mlx, plain = (verify(tmp_path / "out" / name, model) for name in ("mlx", "auto_round"))
     assert mlx.passed and plain.passed, plain.problems
     assert mlx.mean_sqnr is not None and plain.mean_sqnr is not None and mlx.mean_sqnr < plain.mean_sqnr
+
+
+def test_a_conversion_is_held_to_its_own_source(model: Path, out: Path, tmp_path: Path) -> None:
+    roundel.convert(out, tmp_path / "exact", format="auto_round")
+    roundel.convert(out, tmp_path / "anew", format="fp8", requantize=True)
+    for folder in ("exact", "anew"):
+        assert verify(tmp_path / folder, out).passed
+        assert verify(tmp_path / folder, model).passed  # further from it than from what was converted
+    poke(tmp_path / "exact", f"{NAME}.qweight", 512, b"\x88")
+    assert problem(verify(tmp_path / "exact", out)) == (
+        f"{NAME}: it differs from the source, whose numbers were moved as they are"
+    )
+
+
+def test_floats_of_a_conversion_are_held_to_its_source(tmp_path: Path) -> None:
+    roundel.quantize(bundled_model(), tmp_path / "out")
+    roundel.convert(tmp_path / "out", tmp_path / "floats", format="gguf:f32")
+    assert verify(tmp_path / "floats", tmp_path / "out").passed
+    assert verify(tmp_path / "floats", bundled_model()).passed
+    file = next((tmp_path / "floats").glob("*.gguf"))
+    raw = file.read_bytes()
+    checkpoint = open_checkpoint(file)
+    _, begin = checkpoint.source.place(f"{NAME}.weight")
+    checkpoint.close()
+    file.write_bytes(raw[:begin] + b"\x00\x00\x80\x3f" + raw[begin + 4 :])  # 1.0
+    assert problem(verify(tmp_path / "floats", tmp_path / "out")).startswith(f"{NAME}: it differs from the source")
 
 
 def test_tied_heads_and_experts(tmp_path: Path) -> None:
