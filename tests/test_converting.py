@@ -191,6 +191,34 @@ def test_fake_of_a_file_whose_embedding_is_rounded(tmp_path: Path) -> None:
     assert verify(tmp_path / "out", tmp_path / "q").passed
 
 
+def test_formats_are_named_that_hold_all_numbers(tmp_path: Path) -> None:
+    """Not those that hold some: GPTQ's first version, where no zero point is 0."""
+    roundel.quantize(build("llama", tmp_path / "model"), tmp_path / "m", scheme="W4A16G64_ASYM")
+    with pytest.raises(
+        PlanError, match="Convert to auto_round, gptq_v2, auto_awq, llm_compressor, mlx, auto_round:mlx or"
+    ):
+        roundel.convert(tmp_path / "m", tmp_path / "out", format="bnb")
+    roundel.quantize(tmp_path / "model", tmp_path / "k", scheme="GGUF:Q4_1", format="mlx")
+    with pytest.raises(PlanError, match="Convert to mlx, auto_round:mlx or gguf, or pass --requantize"):
+        roundel.convert(tmp_path / "k", tmp_path / "out", format="bnb")
+
+
+def test_what_was_no_layer_before_counts_when_it_is_rounded(tmp_path: Path) -> None:
+    roundel.quantize(bundled_model(), tmp_path / "q", scheme="W2A16G32")
+    report = roundel.convert(tmp_path / "q", tmp_path / "out", format="gguf:q4_k_m", requantize=True)
+    told = report.converted
+    assert told is not None and told.exact + told.changed == 30 == len(report.plan.layers)
+    assert [row.note for row in report.rows if row.name == "lm_head"] == ["rounded, and was BF16"]
+    before, after = open_checkpoint(tmp_path / "q"), open_checkpoint(tmp_path / "out")
+    pairs = [(before.decode(name).double(), after.decode(name).double()) for name in before.matrices]
+    before.close()
+    after.close()
+    energy, noise = (sum(float(found.square().sum()) for found in of) for of in (
+        (old for old, _ in pairs), (old - new for old, new in pairs),
+    ))  # fmt: skip
+    assert told.errors.sqnr == pytest.approx(10 * math.log10(energy / noise), abs=0.01)
+
+
 def test_refused_before_any_work(tmp_path: Path) -> None:
     source = build_fp8(tmp_path / "m", "channel")
     reason = r"\(and 13 more\) is FP8_DYNAMIC: auto_gptq stores weight-only integers"
@@ -226,6 +254,8 @@ def test_a_scheme_that_is_asked_for(tmp_path: Path) -> None:
     assert report.converted is not None and report.converted.changed == 0
     assert any("take more bits for the same numbers" in note for note in report.plan.notes)
     with pytest.raises(PlanError, match="is W4A16G64: it does not fit W3A16G32: int3 has no code for every int4"):
+        roundel.convert(tmp_path / "m", tmp_path / "narrow", format="llm_compressor", scheme="W3A16G32")
+    with pytest.raises(PlanError, match=r"Leave --scheme out, or pass --requantize"):
         roundel.convert(tmp_path / "m", tmp_path / "narrow", format="llm_compressor", scheme="W3A16G32")
     roundel.convert(tmp_path / "m", tmp_path / "narrow", format="llm_compressor", scheme="W3A16G32", requantize=True)
     assert verify(tmp_path / "narrow", tmp_path / "m").passed

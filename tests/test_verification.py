@@ -10,11 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import roundel
 from commands import command
 from models.pico import build
 from models.raw import plant, poke, raw_file, spot
+from roundel.checkpoint import open_checkpoint
+from roundel.data.bundled import bundled_model
 from roundel.errors import SourceError
 from roundel.verification import Verification, verify
 
@@ -47,6 +50,9 @@ def problem(found: Verification) -> str:
         {"scheme": "W4A16G32_ASYM", "format": "auto_awq"},
         {"scheme": "MXFP4"},
         {"scheme": "MXFP8", "format": "llm_compressor"},
+        {"scheme": "FP8_BLOCK", "format": "llm_compressor"},  # whose readers compute in bfloat16
+        {"scheme": "FP8_BLOCK", "format": "fp8"},
+        {"scheme": "W8A16G64_ASYM", "format": "mlx"},  # whose biases are rounded
         {"quant_lm_head": True, "ignore_layers": ["layers.0"]},
     ],
 )
@@ -60,6 +66,42 @@ def test_all_is_well(options: dict[str, object], model: Path, tmp_path: Path) ->
     assert against.worst is not None and report.worst is not None and against.worst.name == report.worst.name
     packed = {check.name for check in against.checks if check.sqnr is not None}
     assert packed == {layer.name for layer in report.plan.layers}
+
+
+def test_the_report_speaks_of_the_first_of_several_formats(tmp_path: Path) -> None:
+    model = build("llama", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    save_file(tensors | {f"{NAME}.weight": -tensors[f"{NAME}.weight"].abs()}, model / "model.safetensors")
+    roundel.quantize(model, tmp_path / "out", scheme="W8A16G64_ASYM", format="mlx,auto_round")  # zero points up to 255
+    mlx, plain = (verify(tmp_path / "out" / name, model) for name in ("mlx", "auto_round"))
+    assert mlx.passed and plain.passed, plain.problems
+    assert mlx.mean_sqnr is not None and plain.mean_sqnr is not None and mlx.mean_sqnr < plain.mean_sqnr
+
+
+def test_a_conversion_is_held_to_its_own_source(model: Path, out: Path, tmp_path: Path) -> None:
+    roundel.convert(out, tmp_path / "exact", format="auto_round")
+    roundel.convert(out, tmp_path / "anew", format="fp8", requantize=True)
+    for folder in ("exact", "anew"):
+        assert verify(tmp_path / folder, out).passed
+        assert verify(tmp_path / folder, model).passed  # further from it than from what was converted
+    poke(tmp_path / "exact", f"{NAME}.qweight", 512, b"\x88")
+    assert problem(verify(tmp_path / "exact", out)) == (
+        f"{NAME}: it differs from the source, whose numbers were moved as they are"
+    )
+
+
+def test_floats_of_a_conversion_are_held_to_its_source(tmp_path: Path) -> None:
+    roundel.quantize(bundled_model(), tmp_path / "out")
+    roundel.convert(tmp_path / "out", tmp_path / "floats", format="gguf:f32")
+    assert verify(tmp_path / "floats", tmp_path / "out").passed
+    assert verify(tmp_path / "floats", bundled_model()).passed
+    file = next((tmp_path / "floats").glob("*.gguf"))
+    raw = file.read_bytes()
+    checkpoint = open_checkpoint(file)
+    _, begin = checkpoint.source.place(f"{NAME}.weight")
+    checkpoint.close()
+    file.write_bytes(raw[:begin] + b"\x00\x00\x80\x3f" + raw[begin + 4 :])  # 1.0
+    assert problem(verify(tmp_path / "floats", tmp_path / "out")).startswith(f"{NAME}: it differs from the source")
 
 
 def test_tied_heads_and_experts(tmp_path: Path) -> None:

@@ -52,6 +52,11 @@ class Checkpoint:
         self.wholes = self._whole()
 
     @property
+    def format_name(self) -> str:
+        """The format it is quantized in; "plain" where it is not."""
+        return self.reader.name if self.reader is not None else "plain"
+
+    @property
     def is_tied(self) -> bool:
         """Whether the output head shares the embedding's tensor and has none of its own."""
         return self.family.head not in self.matrices and self.family.embedding in self.source.tensors

@@ -12,6 +12,7 @@ from roundel.families.generic import CONV1D
 from roundel.formats import FORMATS, Format
 from roundel.holding import exact_scheme, nearest_scheme, why_not
 from roundel.recipe import Recipe, matches, scheme_of_entry
+from roundel.regrid import is_certain
 from roundel.scheme import Scheme
 from roundel.unit import Layer
 
@@ -113,23 +114,26 @@ def choose_conversions(
             "that scales inputs at run time or not at all."
         )
     for reason, layers in refused.items():
-        problems.append(_inexact(reason, layers, format))
+        problems.append(_inexact(reason, layers, format, own=recipe.converts_as_stored))
     return choices
 
 
-def _inexact(reason: str, layers: Sequence[Layer], format: Format) -> str:
-    """Why layers cannot move to a format, and what can be done."""
+def _inexact(reason: str, layers: Sequence[Layer], format: Format, own: bool) -> str:
+    """Why layers cannot move to a format, and what can be done. own: whether the scheme was left to us."""
     others = f" (and {len(layers) - 1} more)" if len(layers) > 1 else ""
-    holding = [
-        f.name for f in FORMATS.values()
-        if f.writes and f.keeps_codes and f.name != format.name
-        and all(exact_scheme(layer, f, None, None) is not None for layer in layers)
-    ]  # fmt: skip
-    remedy = (
-        f"Convert to {' or '.join(filter(None, (', '.join(holding[:-1]), *holding[-1:])))}, or pass"
-        if holding
-        else "Pass"
-    )
+    fits = {
+        f.name: [exact_scheme(layer, f, None, None) for layer in layers]
+        for f in FORMATS.values()
+        if f.writes and f.keeps_codes
+    }
+    possible = [name for name, schemes in fits.items() if None not in schemes]
+    sure = [name for name in possible if all(map(_surely, layers, fits[name]))]
+    holding = [name for name in sure or possible if name != format.name]
+    remedy = "Pass"
+    if not own and format.name in possible:
+        remedy = "Leave --scheme out, or pass"
+    elif holding:
+        remedy = f"Convert to {' or '.join(filter(None, (', '.join(holding[:-1]), *holding[-1:])))}, or pass"
     first = layers[0]
     stored = first.stored.scheme
     assert stored is not None
@@ -137,6 +141,12 @@ def _inexact(reason: str, layers: Sequence[Layer], format: Format) -> str:
         f"{first.name} {list(first.shape)}{others} is {stored.name}: {reason}. {remedy} --requantize to round what it "
         "decodes to anew."
     )
+
+
+def _surely(layer: Layer, scheme: Scheme | None) -> bool:
+    """Whether a scheme holds a stored layer whatever its numbers are."""
+    stored = layer.stored.scheme
+    return stored is not None and scheme is not None and is_certain(stored.weight, scheme.weight)
 
 
 def _unmatched(option: str, pattern: str, linear: Sequence[str], choices: Mapping[str, Choice]) -> str:

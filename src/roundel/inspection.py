@@ -84,7 +84,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         name=source.name,
         model_type=str(source.config.get("model_type", "unknown")),
         family=checkpoint.family.name + (" (a guess)" if checkpoint.family.guess else ""),
-        format=checkpoint.reader.name if checkpoint.reader else "plain",
+        format=checkpoint.format_name,
         packing=checkpoint.reader.packing if checkpoint.reader else None,
         schemes=_counted(rounded),
         floats=_counted([(matrix.dtype, matrix) for matrix in matrices if matrix.stored.scheme is None]),

@@ -105,7 +105,7 @@ def row_of(layer: Layer, rounded: Rounded | None, errors: Errors, note: str | No
 
 
 def converted_row(layer: Layer, rounded: Rounded | None, errors: Errors) -> Row:
-    """The row of a quantized layer that was converted. rounded: None where it became floats."""
+    """The row of a layer that was converted. rounded: None where it became floats."""
     return replace(row_of(layer, rounded, errors), energy=_short(errors.signal), noise=_short(errors.noise))
 
 
@@ -137,8 +137,8 @@ def _short(value: float | None) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """How many layers came through number for number, how many changed, and what that cost in all: errors of what the
-    new file decodes to against what the old one did."""
+    """How many layers that were or became quantized came through number for number, how many changed, and what that
+    cost in all: errors of what the new file decodes to against what the old one did."""
 
     exact: int
     changed: int
@@ -199,9 +199,11 @@ class Report:
         head: dict[str, object] = {
             "fingerprint": plan.fingerprint,
             "source": plan.source_name,
+            "source_format": plan.source_format,
             "revision": plan.source_revision,
             "family": plan.family,
             "format": plan.outputs[output].format.name,
+            "measured_as": plan.outputs[0].format.name,
             "algorithm": plan.recipe.algorithm,
             "transforms": [step.name for step in plan.recipe.chain.transforms],
             "bits_per_weight": round(plan.bits_per_weight, 4),

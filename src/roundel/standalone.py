@@ -69,12 +69,18 @@ class Standalone:
                 nbytes,
                 0,
             )
-            row = row_of(layer, None, errors, self.outside)
+            row = self._row(layer, None, errors)
         elif goes_by_rows(layer, formats, self.algorithm, self.device):
             row = self._round_rows(layer, nbytes)
         else:
             row = self._round(layer, work.beside, nbytes)
         return replace(row, kind=work.kind, nbytes=tuple(nbytes))
+
+    def _row(self, layer: Layer, rounded: Rounded | None, errors: Errors) -> Row:
+        """The row of a layer that was rounded; in a conversion, of one that was not quantized before."""
+        if self.plan.recipe.conversion is None:
+            return row_of(layer, rounded, errors, self.outside)
+        return replace(converted_row(layer, rounded, errors), note=f"rounded, and was {layer.dtype}")
 
     def _decode(self, layer: Layer, nbytes: list[int], *, stays: bool) -> Row:
         """A packed matrix as floats. In a conversion these must hold what it decodes to, or the loss is told.
@@ -117,7 +123,7 @@ class Standalone:
                 parts = output.format.pack(layer, rounded.tensor)
                 self._put({f"{layer.name}.{part}": as_bytes(tensor) for part, tensor in parts.items()}, nbytes, number)
             errors = errors_in(weight, rounded.tensor, self.plan.outputs[0].format.decode)
-            return row_of(layer, rounded, errors, self.outside)
+            return self._row(layer, rounded, errors)
 
     def _round_rows(self, layer: Layer, nbytes: list[int]) -> Row:
         """The same where rows do not depend on each other: a slab of them at a time, so that no matrix is held."""
@@ -131,7 +137,7 @@ class Standalone:
                     data = as_bytes(tensor)
                     self._put({f"{layer.name}.{name}": data}, nbytes, number, start * (len(data) // len(weight)))
             lost = lost.plus(errors_in(weight, rounded.tensor, formats[0].decode))
-        return row_of(layer, rounded, lost, self.outside)
+        return self._row(layer, rounded, lost)
 
     def _quantize(self, layer: Layer, beside: Sequence[Layer]) -> tuple[Tensor, Rounded]:
         grid = layer.scheme.weight

@@ -16,6 +16,8 @@ import numpy as np
 from roundel.cached import cache_tensors
 from roundel.checkpoint import Checkpoint, Matrix, open_checkpoint
 from roundel.errors import SourceError
+from roundel.formats import FORMATS
+from roundel.fusion import Errors
 from roundel.matrices import errors_of
 from roundel.report import REPORT
 from roundel.tensor import FLOAT_DTYPES, TensorSpec, torch_dtype
@@ -87,22 +89,21 @@ def verify_checkpoint(
     checkpoint: Checkpoint, source: Checkpoint | None, progress: Callable[[str], None] | None = None
 ) -> Verification:
     """`verify` for opened checkpoints, holding one layer at a time."""
-    report, origin = _report(checkpoint), _Origin(checkpoint, source) if source is not None else None
-    reported, moved = _reported(report), bool(report.get("transforms"))
+    told, origin = _told(checkpoint), _Origin(checkpoint, source) if source is not None else None
     checks: list[Check] = []
-    layers = [m for m in checkpoint.matrices.values() if m.stored.scheme or m.cut or m.name in reported]
+    layers = [m for m in checkpoint.matrices.values() if m.stored.scheme or m.cut or m.name in told.sqnr]
     for matrix in layers:
-        checks.append(_check_layer(checkpoint, matrix, origin, reported.get(matrix.name), moved))
+        checks.append(_check_layer(checkpoint, matrix, origin, told))
         if progress is not None:
             progress(matrix.name)
     packed = {piece.tensor for matrix in layers for piece in matrix.stored.parts.values()}
     for name, spec in checkpoint.source.tensors.items():
         if name not in packed and spec.dtype in ("BF16", "F16", "F32"):
-            checks.append(_check_kept(checkpoint, name, None if moved else origin))
+            checks.append(_check_kept(checkpoint, name, None if told.transformed else origin))
             if progress is not None:
                 progress(name)
     problems = [f"{c.name}: {c.problem}" for c in checks if c.problem is not None]
-    problems += [f"{name}: it is missing" for name in _missing(checkpoint, origin, reported)]
+    problems += [f"{name}: it is missing" for name in _missing(checkpoint, origin, told)]
     return Verification(
         name=checkpoint.source.name,
         against=source.source.name if source else None,
@@ -111,20 +112,13 @@ def verify_checkpoint(
     )
 
 
-def _check_layer(
-    checkpoint: Checkpoint, matrix: Matrix, origin: _Origin | None, reported: float | None, moved: bool
-) -> Check:
-    """A layer: finite, and as near to the source as the run reported. moved: a transform gave it other numbers, whose
-    distance from the source's means nothing by itself."""
+def _check_layer(checkpoint: Checkpoint, matrix: Matrix, origin: _Origin | None, told: _Told) -> Check:
+    """A layer: what its readers compute is finite, and as near to the source as the run reported."""
     from roundel.ops.losses import first_not_finite
 
-    scheme, sqnr = matrix.dtype, None
-    if matrix.stored.scheme is not None:
-        scheme = matrix.stored.scheme.name
-    else:
-        reported = None  # rounded once more, to the dtype it is stored in
+    scheme, sqnr = matrix.dtype if matrix.stored.scheme is None else matrix.stored.scheme.name, None
     try:
-        weight = checkpoint.decode(matrix.name)
+        weight = checkpoint.weights(matrix.layer()).float()
     except SourceError as error:
         return Check(name=matrix.name, scheme=scheme, problem=str(error))
     at = first_not_finite(weight)
@@ -134,13 +128,28 @@ def _check_layer(
     if isinstance(original, str):
         return Check(name=matrix.name, scheme=scheme, problem=original)
     problem = None
-    if original is not None:
+    if original is not None and origin is not None:
         sqnr = errors_of(original, weight).sqnr
-        if sqnr < WORST_SQNR and not moved:
+        if sqnr < WORST_SQNR and not told.transformed:  # else a transform gave it numbers that are not comparable
             problem = f"signal to noise is {sqnr:.2f} dB: further from the source than zeros are"
-        elif reported is not None and math.isfinite(reported) and abs(sqnr - reported) > REPORT_TOLERANCE:
-            problem = f"signal to noise is {sqnr:.2f} dB, and the run that wrote it reported {reported:.2f}"
+        elif origin.is_what(told):
+            problem = _contradiction(checkpoint, matrix, original, sqnr, told)
     return Check(name=matrix.name, scheme=scheme, sqnr=sqnr, problem=problem)
+
+
+def _contradiction(checkpoint: Checkpoint, matrix: Matrix, original: Tensor, sqnr: float, told: _Told) -> str | None:
+    """What is wrong with a layer's signal to noise, by the report of the run that wrote it."""
+    reported = told.sqnr.get(matrix.name)
+    if reported is None or (matrix.stored.scheme is None and matrix.name not in told.converted):
+        return None  # without a scheme it was rounded once more, to the dtype it is stored in
+    if reported == math.inf:
+        return None if sqnr == math.inf else "it differs from the source, whose numbers were moved as they are"
+    if matrix.stored.scheme is not None and told.measured_as not in (None, matrix.stored.format):
+        layer, format = matrix.layer(), FORMATS[str(told.measured_as)]
+        sqnr = errors_of(original, layer.stored.part(format.decode(checkpoint.unpack(layer)))).sqnr
+    if abs(sqnr - reported) > REPORT_TOLERANCE:
+        return f"signal to noise is {sqnr:.2f} dB, and the run that wrote it reported {reported:.2f}"
+    return None
 
 
 def _check_kept(checkpoint: Checkpoint, name: str, origin: _Origin | None) -> Check:
@@ -189,8 +198,48 @@ def _slabs(shape: tuple[int, ...], nbytes: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Told:
+    """What the run that wrote a checkpoint reported; nothing for other tools' files.
+
+    sqnr           of each layer, in decibel; infinite where its numbers moved as they are
+    converted      layers that were quantized in the source of a conversion
+    measured_as    the format whose readers these numbers speak of: of several that were written together, the first
+    source_format  what the source was quantized in, "plain" where it was not; None: not told
+    transformed    whether a transform gave layers other numbers, whose distance from the source's means nothing alone
+    """
+
+    sqnr: Mapping[str, float]
+    converted: frozenset[str]
+    measured_as: str | None
+    source_format: str | None
+    transformed: bool
+
+
+def _told(checkpoint: Checkpoint) -> _Told:
+    report = _report(checkpoint)
+    rows, measured_as, source_format = report.get("rows"), report.get("measured_as"), report.get("source_format")
+    sqnr: dict[str, float] = {}
+    converted: set[str] = set()
+    try:
+        for row in rows if isinstance(rows, list) else ():
+            if "noise" in row:
+                converted.add(str(row["name"]))
+                sqnr[str(row["name"])] = Errors(float(row["energy"]), float(row["noise"])).sqnr
+            if "sqnr" in row:
+                sqnr[str(row["name"])] = float(row["sqnr"])
+    except (ValueError, TypeError, KeyError):
+        sqnr = {}
+    return _Told(
+        sqnr=sqnr,
+        converted=frozenset(converted),
+        measured_as=measured_as if isinstance(measured_as, str) and measured_as in FORMATS else None,
+        source_format=source_format if isinstance(source_format, str) else None,
+        transformed=bool(report.get("transforms")),
+    )
+
+
 def _report(checkpoint: Checkpoint) -> Mapping[str, object]:
-    """The report of the run that wrote the checkpoint; nothing for other tools' files."""
     if REPORT not in checkpoint.source.files.files:
         return {}
     try:
@@ -200,18 +249,9 @@ def _report(checkpoint: Checkpoint) -> Mapping[str, object]:
     return found if isinstance(found, dict) else {}
 
 
-def _reported(report: Mapping[str, object]) -> dict[str, float]:
-    """Signal to noise by layer, as the run reported it."""
-    rows = report.get("rows")
-    try:
-        return {str(r["name"]): float(r["sqnr"]) for r in rows if "sqnr" in r} if isinstance(rows, list) else {}
-    except (ValueError, TypeError, KeyError):
-        return {}
-
-
-def _missing(checkpoint: Checkpoint, origin: _Origin | None, reported: dict[str, float]) -> list[str]:
+def _missing(checkpoint: Checkpoint, origin: _Origin | None, told: _Told) -> list[str]:
     """Layers the run reported or the source has, and the checkpoint lacks; and kept tensors likewise."""
-    missing = [name for name in reported if name not in checkpoint.matrices]
+    missing = [name for name in told.sqnr if name not in checkpoint.matrices]
     if origin is not None:
         missing += [m for m in origin.matrices if m not in checkpoint.wholes and m not in missing]
         missing += [n for n in origin.others if n not in checkpoint.source.tensors]
@@ -240,6 +280,10 @@ class _Origin:
             held |= set(cache_tensors(source))
         held |= {m.bias[1].tensor for m in source.matrices.values() if m.bias is not None}
         self.others = [name for name, theirs in self.tensors.items() if theirs not in held]
+
+    def is_what(self, told: _Told) -> bool:
+        """Whether the report can be of this source: the model that a converted one was rounded from is another."""
+        return told.source_format in (None, self.source.format_name)
 
     def spec(self, name: str) -> TensorSpec | None:
         """The source's tensor."""

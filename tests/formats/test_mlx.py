@@ -145,6 +145,7 @@ def test_nvfp4_is_rounded_without_a_float_for_the_matrix() -> None:
     [
         ("W7A16", (64, 128), "asks for 7"),
         ("W4A16G96", (64, 96), "groups of 32, 64 or 128"),
+        ("W4A16G-1", (64, 128), "asks for -1"),  # the config has no word for rows of several lengths
         ("W4A16G64", (64, 96), "not divisible by 64"),
         ("MXFP4", (64, 128), "leaves inputs as they are"),
     ],

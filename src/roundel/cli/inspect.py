@@ -14,7 +14,8 @@ __all__ = ["inspect"]
 @click.option("--revision", metavar="REV", help="Hub branch, tag or commit.")
 @click.option("--json", "as_json", is_flag=True, help="Print every matrix as JSON.")
 def inspect(path: str, revision: str | None, as_json: bool) -> None:
-    """Show what the checkpoint at PATH (a folder or a Hub id) is: format, schemes, layers, sizes, bits per weight.
+    """Show what the checkpoint at PATH (a folder, a GGUF file or a Hub id) is: format, schemes, layers, sizes, bits per
+    weight.
 
     \b
     Example:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from roundel.formats.format import Contents, Format, Found, matching_override
-from roundel.formats.mlx import Mlx, find_mlx, flat_rope
+from roundel.formats.mlx import Mlx, find_mlx, flat_rope, refuse_mlx
 from roundel.scheme import Scheme
 from roundel.tensor import TensorSpec
 from roundel.unit import Layer
@@ -32,7 +32,7 @@ class AutoRoundMlx(Mlx):
     def refuse(self, layer: Layer) -> str | None:
         if not layer.scheme.weight.element.is_integer:
             return f"{self.name} stores integers, {layer.scheme.name} is none"
-        return super().refuse(layer)
+        return refuse_mlx(layer, self.name, "integers")
 
     def config(self, contents: Contents) -> dict[str, object]:
         extra: dict[str, object] = {m: {"bits": 16} for m in contents.kept if m != contents.embedding}

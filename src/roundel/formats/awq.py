@@ -37,8 +37,8 @@ class AutoAwq(Format):
             one, other = list(schemes.values())[:2]
             raise PlanError(
                 f"auto_awq: {one.name} is {one.scheme.name} and {other.name} is {other.scheme.name}. Its config "
-                f"holds one "
-                "scheme for all layers. Use format auto_round or auto_gptq, or give all layers one scheme."
+                "holds one scheme for all layers. Use format auto_round or auto_gptq, or give all layers one scheme "
+                "with --scheme."
             )
         return self
 

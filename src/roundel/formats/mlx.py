@@ -32,7 +32,7 @@ from roundel.unit import Layer
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["BITS", "GROUPS", "Mlx", "find_mlx", "flat_rope"]  # fmt: skip
+__all__ = ["BITS", "GROUPS", "Mlx", "find_mlx", "flat_rope", "refuse_mlx"]  # fmt: skip
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
@@ -124,13 +124,13 @@ class Mlx(Format):
         return find_mlx(module, parts, settings, symmetric if isinstance(symmetric, bool) else None)
 
 
-def refuse_mlx(layer: Layer, name: str) -> str | None:
-    """Why MLX cannot hold a layer, or None."""
+def refuse_mlx(layer: Layer, name: str, kinds: str = "integers, MXFP4A16, MXFP8A16 and NVFP4A16") -> str | None:
+    """Why MLX cannot hold a layer, or None. kinds: what a format with this layout stores, in words."""
     scheme, grid, (_, width) = layer.scheme, layer.scheme.weight, layer.shape
     if layer.permuted:
         return f"{name} cannot store which group each column belongs to"
     if _mode(grid) is None:
-        return f"{name} stores integers, MXFP4A16, MXFP8A16 and NVFP4A16, {scheme.name} is none of these"
+        return f"{name} stores {kinds}, {scheme.name} is none of these"
     if scheme.input is not None:
         return f"{name} leaves inputs as they are, {scheme.name} rounds them"
     if grid.element.is_integer and scheme.bits not in BITS:
@@ -138,8 +138,8 @@ def refuse_mlx(layer: Layer, name: str) -> str | None:
             f"{name} stores {', '.join(map(str, BITS[:-1]))} or {BITS[-1]} bits, {scheme.name} asks for {scheme.bits}"
         )
     columns = grid.block_of(layer.shape)[1]
-    if grid.element.is_integer and columns not in GROUPS:
-        return f"{name} has groups of 32, 64 or 128, {scheme.name} asks for {columns}"
+    if grid.element.is_integer and scheme.group_size not in GROUPS:  # whole rows, too: their lengths may differ
+        return f"{name} has groups of 32, 64 or 128, {scheme.name} asks for {scheme.group_size}"
     if width % columns:
         return f"{name} needs whole groups, {width} inputs are not divisible by {columns}"
     return None

@@ -84,6 +84,7 @@ def build_plan(
         source_name=checkpoint.source.name,
         source_revision=checkpoint.source.revision,
         source_fingerprint=checkpoint.source.fingerprint(),
+        source_format=checkpoint.format_name,
         family=family.name + (" (a guess)" if family.guess else ""),
         works=works,
         layers=tuple(layers),

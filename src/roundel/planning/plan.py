@@ -96,6 +96,7 @@ class Output:
 class Plan:
     """Everything that will be written.
 
+    source_format  the format the source is quantized in, "plain" where it is not
     origins      layer name -> where its scheme was decided
     kept         matrices that stay, each with its reason
     outputs      one for each format
@@ -107,6 +108,7 @@ class Plan:
     source_name: str
     source_revision: str | None
     source_fingerprint: str
+    source_format: str
     family: str
     works: tuple[Work, ...]
     layers: tuple[Layer, ...]
