@@ -17,7 +17,16 @@ if TYPE_CHECKING:
 
     Dataset = str | Sequence[str | Sequence[int] | Tensor | Mapping[str, object]]
 
-__all__ = ["Calibration", "Dataset", "Offload", "Tick", "calibration_of", "importances_to"]
+__all__ = [
+    "Calibration",
+    "Dataset",
+    "Offload",
+    "Tick",
+    "calibration_of",
+    "check_calibration",
+    "importances_to",
+    "named",
+]
 
 Tick = Callable[[str, float, str], None]
 Offload = Literal["auto", "ram", "disk"]
@@ -80,6 +89,23 @@ def calibration_of(
         importances_to=importances_to,
         tick=tick or (lambda name, done, text: None),
     )
+
+
+def check_calibration(recipe: Recipe, dataset: Dataset | None = None) -> None:
+    """What of a recipe's dataset can be wrong before anything is fetched or tokenized. Raises RecipeError or
+    SourceError.
+
+    dataset   rows in memory, or a name that stands in for the recipe's
+    """
+    from roundel.calibration.datasets import check_datasets
+
+    if recipe.reads_activations and (dataset is None or isinstance(dataset, str)):
+        check_datasets(recipe.dataset, recipe.nsamples)
+
+
+def named(dataset: Dataset) -> str:
+    """What a recipe calls a dataset."""
+    return dataset if isinstance(dataset, str) else f"(a list of {len(dataset)})"
 
 
 def _check_ids(tokens: Tensor, checkpoint: Checkpoint) -> None:

@@ -33,6 +33,7 @@ def plan(
       roundel plan Qwen/Qwen3-8B --bits 3 --json
     """
     from roundel.api import check_device
+    from roundel.calibrating import check_calibration
     from roundel.card import size
     from roundel.checkpoint import open_checkpoint
     from roundel.cli.show import console, duration, print_plan
@@ -42,6 +43,7 @@ def plan(
 
     check_device(device, planning=True)
     recipe = recipe_from(options)
+    check_calibration(recipe)
     with tempfile.TemporaryDirectory(prefix="roundel-") as work:
         checkpoint = open_checkpoint(model, revision, Path(work))
         try:
