@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Literal
 
 from roundel.checkpoint import Checkpoint
 from roundel.errors import RecipeError
-from roundel.families import text_config
 from roundel.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -66,8 +65,7 @@ def calibration_of(
     """The tokens that a recipe's algorithm looks at, read and cut. Raises RecipeError or SourceError."""
     from roundel.calibration.datasets import calibration_tokens
 
-    limit = text_config(checkpoint.source.config).get("max_position_embeddings")
-    seqlen = min(recipe.seqlen, limit) if isinstance(limit, int) else recipe.seqlen
+    seqlen = recipe.tokens_for(checkpoint.source.config)
     found = calibration_tokens(
         dataset if dataset is not None else recipe.dataset,
         checkpoint.source.small_folder(),

@@ -92,6 +92,7 @@ def build_plan(
         outputs=tuple(_output(format, contents, works, recipe, order) for format in settled),
         untied=untied,
         source_bytes=sum(s.nbytes for s in checkpoint.source.tensors.values()),
+        tokens=recipe.tokens_for(checkpoint.source.config),
         demoted=dict(demoted),
         calibration=seen[0] if seen else None,
         importances=importances,
