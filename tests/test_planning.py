@@ -204,3 +204,12 @@ def test_no_more_memory_is_planned_than_the_model_takes_tokens(seqlen: int, tmp_
     assert planned.tokens == 32 and unit_memory(planned) == unit_memory(
         roundel.plan(model, algorithm="gptq", dataset="bundled", seqlen=32)
     )
+
+
+def test_a_dataset_that_nothing_looks_at_is_said(llama: Path) -> None:
+    noted = "rtn looks at no data: book.txt is not read"
+    assert noted in roundel.plan(llama, dataset="book.txt").notes
+    assert noted not in roundel.plan(llama).notes
+    assert not any(
+        "looks at no data" in note for note in roundel.plan(llama, algorithm="gptq", dataset="bundled").notes
+    )

@@ -95,9 +95,9 @@ def check_calibration(recipe: Recipe, dataset: Dataset | None = None) -> None:
 
     dataset   rows in memory, or a name that stands in for the recipe's
     """
-    from roundel.calibration.datasets import check_datasets
-
     if recipe.reads_activations and (dataset is None or isinstance(dataset, str)):
+        from roundel.calibration.datasets import check_datasets
+
         check_datasets(recipe.dataset, recipe.nsamples)
 
 

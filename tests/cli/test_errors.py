@@ -58,6 +58,10 @@ SENSELESS = [
     ("--shard-size 0", "'0' is too small a size"),
     ("--device tpu", "Unknown device 'tpu'. Known are cpu and cuda"),
     ("--workers 0", "Invalid value for '--workers': 0 is not in the range x>=1"),
+    ("--algorithm ,", "algorithm ',' names nothing. Name what chooses the codes, such as rtn or gptq"),
+    ("--algorithm gptq --damping x", "gptq: damping='x' is not possible: it takes a number."),
+    ("--algorithm gptq --trials 2.5", "gptq: trials='2.5' is not possible: it takes a whole number."),
+    ("--algorithm signround --lr x", "signround: lr='x' is not possible: it takes a number or none."),
     ("--schem W4A16", "No such option '--schem'. (Did you mean"),
 ]
 

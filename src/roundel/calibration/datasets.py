@@ -214,13 +214,22 @@ def _gathered(draws: list[_Draw], seqlen: int, seed: int, dataset: str | Sequenc
         texts = [] if isinstance(dataset, str) else [row for row in dataset if isinstance(row, str)]
         if any(text in known_names() or kind_of(text) for text in texts):
             what += " A list holds rows; datasets are named in one string, with commas between them."
-        raise RecipeError(
-            f"There is not one calibration sample of {seqlen:,} tokens. {what} Use a smaller seqlen, longer texts, or "
-            f"join rows with `:concat` (a list of rows: register it as a dataset first)."
-        )
+        raise RecipeError(f"There is not one calibration sample of {seqlen:,} tokens. {what} {_remedy(draws)}")
     if len(draws) > 1:
         random.Random(f"{seed}/all").shuffle(samples)
     return torch.from_numpy(np.stack(samples))
+
+
+def _remedy(draws: list[_Draw]) -> str:
+    """What to do where no sample is left."""
+    if not any(draw.tally.short or draw.tally.rest or draw.tally.dropped for draw in draws):
+        return "Pass texts that hold something."
+    if all(draw.origin.stream for draw in draws):
+        return "Use a smaller seqlen, or a longer text."
+    return (
+        "Use a smaller seqlen, longer texts, or join rows with `:concat` (a list of rows: register it as a dataset "
+        "first)."
+    )
 
 
 def _notes(draws: list[_Draw], nsamples: int, seqlen: int) -> tuple[str, ...]:
@@ -241,8 +250,8 @@ def _notes(draws: list[_Draw], nsamples: int, seqlen: int) -> tuple[str, ...]:
 def _dropped(draw: _Draw, seqlen: int, gave: str = "") -> str:
     """What was read of a dataset and what of it was left out, with the numbers."""
     tally = draw.tally
-    read = "the text" if draw.origin.stream else _count(tally.rows, "row")
-    said = [f"{draw.origin.label}: {gave}{read} read"]
+    text = "the text read" if tally.rows else "the text is empty"
+    said = [f"{draw.origin.label}: {gave}{text if draw.origin.stream else _count(tally.rows, 'row') + ' read'}"]
     if tally.short:
         lengths = f"{tally.shortest:,}" if tally.short == 1 else f"{tally.shortest:,} to {tally.longest:,}"
         said.append(f"{tally.short:,} shorter than {seqlen:,} tokens ({lengths}) dropped")

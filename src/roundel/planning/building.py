@@ -98,7 +98,7 @@ def build_plan(
         importances=importances,
         notes=(
             *(seen[1] if seen else ()),
-            *notes_of(checkpoint, layers, matrices, demoted, untied),
+            *notes_of(checkpoint, recipe, layers, matrices, demoted, untied),
             *cache.notes,
             *(caveat for format in settled for caveat in format.caveats(contents)),
         ),
