@@ -309,3 +309,7 @@ def test_a_plan_shows_its_units(calibrated: Report, plain: Report, monkeypatch: 
     assert "calibrated on" not in printed(monkeypatch, lambda: show.print_plan(plain.plan, 1, "cpu"))
     text = " ".join(printed(monkeypatch, lambda: show.print_plan(calibrated.plan, 1, "cpu")).split())
     assert "model.layers.* 2 7 smoothquant, then rtn" in text and "4 samples of 32 tokens, 8 at a time, seed 42" in text
+    assert "which smoothquant rescales: it may be low, even below 0 dB, where nothing is lost" in text
+    limited = replace(calibrated.plan, tokens=16)
+    text = " ".join(printed(monkeypatch, lambda: show.print_plan(limited, 1, "cpu")).split())
+    assert "4 samples of 16 tokens (the model takes no more), 8 at a time" in text

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 import roundel
+from commands import command
 from models.pico import PICO_TYPES, build
 from roundel.checkpoint import open_checkpoint
 from roundel.data.bundled import bundled_model
 from roundel.errors import PlanError
 from roundel.planning import Plan, build_plan
+from roundel.planning.room import unit_memory
 from roundel.recipe import Recipe
 
 
@@ -182,3 +185,31 @@ def test_a_routers_name_does_not_reach_the_gate_projections(tmp_path: Path) -> N
 def test_formats_that_decide_are_not_written_together(formats: str) -> None:
     with pytest.raises(PlanError, match=r"decides how every tensor is stored, and .* cannot share that"):
         roundel.plan(bundled_model(), format=formats)
+
+
+def test_a_plan_counts_the_activations_that_lie_in_memory(tmp_path: Path) -> None:
+    """128 samples of 32 tokens of 64 float32 numbers, before and behind a block."""
+    model = build("llama", tmp_path / "model", max_position_embeddings=32)
+    options = ("--algorithm", "gptq", "--dataset", "bundled", "--json")
+    told = {place: json.loads(command("plan", model, "--offload", place, *options).output) for place in ("ram", "disk")}
+    between = told["ram"]["activation_bytes"]
+    assert between == told["disk"]["activation_bytes"] == 2 * 128 * 32 * 64 * 4
+    assert told["ram"]["peak_memory_bytes"] == told["disk"]["peak_memory_bytes"] + between
+
+
+@pytest.mark.parametrize("seqlen", [32, 4096])
+def test_no_more_memory_is_planned_than_the_model_takes_tokens(seqlen: int, tmp_path: Path) -> None:
+    model = build("llama", tmp_path / "model", max_position_embeddings=32)
+    planned = roundel.plan(model, algorithm="gptq", dataset="bundled", seqlen=seqlen)
+    assert planned.tokens == 32 and unit_memory(planned) == unit_memory(
+        roundel.plan(model, algorithm="gptq", dataset="bundled", seqlen=32)
+    )
+
+
+def test_a_dataset_that_nothing_looks_at_is_said(llama: Path) -> None:
+    noted = "rtn looks at no data: book.txt is not read"
+    assert noted in roundel.plan(llama, dataset="book.txt").notes
+    assert noted not in roundel.plan(llama).notes
+    assert not any(
+        "looks at no data" in note for note in roundel.plan(llama, algorithm="gptq", dataset="bundled").notes
+    )

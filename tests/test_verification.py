@@ -232,3 +232,12 @@ def test_the_exit_code_tells(harm: Callable[[Path], object], code: int, why: str
     found = command("verify", out, "--against", model)
     assert found.code == code
     assert why in (found.output if code == 0 else found.error)
+
+
+def test_rescaled_weights_are_told_from_bad_ones(model: Path, tmp_path: Path) -> None:
+    tokens = [[(3 * n + s) % 250 for n in range(32)] for s in range(4)]
+    roundel.quantize(model, tmp_path / "moved", algorithm="smoothquant", dataset=tokens, nsamples=4, seqlen=32)
+    told = command("verify", tmp_path / "moved", "--against", model)
+    assert told.code == 0 and "whose weights a transform rescaled: no measure of quality" in told.output
+    roundel.quantize(model, tmp_path / "plain")
+    assert "rescaled" not in command("verify", tmp_path / "plain", "--against", model).output

@@ -7,11 +7,11 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from roundel.calibrating import Calibration, Offload, Tick, calibration_of, importances_to
+from roundel.calibrating import Calibration, Offload, Tick, calibration_of, check_calibration, importances_to, named
 from roundel.chain import known_options
 from roundel.checkpoint import Checkpoint, open_checkpoint
 from roundel.errors import ConversionError, RecipeError
@@ -40,16 +40,26 @@ __all__ = [
 ]
 
 
-def plan(model: str | Path, *, recipe: Recipe | None = None, revision: str | None = None, **wishes: object) -> Plan:
+def plan(
+    model: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    revision: str | None = None,
+    dataset: Dataset | None = None,
+    **wishes: object,
+) -> Plan:
     """What `quantize` would do, without reading a weight.
 
-    wishes   the fields of Recipe, when no recipe is given: scheme="W4A16", format="auto_round", layer_config={...} ...
+    wishes    the fields of Recipe, when no recipe is given: scheme="W4A16", format="auto_round", layer_config={...} ...
+    dataset   as `quantize` takes it; of a list no row is looked at
     Raises RecipeError, PlanError or SourceError.
     """
+    wish = _recipe(recipe, wishes, dataset)
+    check_calibration(wish, dataset)
     with tempfile.TemporaryDirectory(prefix="roundel-") as work:
         checkpoint = open_checkpoint(model, revision, Path(work))
         try:
-            return build_plan(checkpoint, _recipe(recipe, wishes))
+            return build_plan(checkpoint, wish)
         finally:
             checkpoint.close()
 
@@ -76,7 +86,8 @@ def quantize(
     model     a folder, a Hub id ("org/name"), or a live model of transformers, which is saved to a folder first
     wishes    the fields of Recipe, when no recipe is given: scheme="W4A16", format="auto_round", layer_config={...},
               algorithm="gptq" or Gptq(damping=0.05) or [Awq(), "gptq"], and hyperparameters by name: iters=50 ...
-    dataset   where the algorithm looks at data: a name or path as `--dataset` takes it, or a list of texts or token ids
+    dataset   where the algorithm looks at data: a name or path as `--dataset` takes it, or a list of texts or token
+              ids; it takes the place of a recipe's
     offload   where activations lie between blocks: "ram", "disk", or "auto"
     trust_remote_code   whether code that ships inside the checkpoint may run
     tick      told how far a decoder block is: (name, 0 to 1, text)
@@ -89,9 +100,7 @@ def quantize(
     SourceError, or (with strict) NumericsError.
     """
     out = Path(out)
-    if dataset is not None:
-        wishes["dataset"] = dataset if isinstance(dataset, str) else f"(a list of {len(dataset)})"
-    wish = _recipe(recipe, wishes)
+    wish = _recipe(recipe, wishes, dataset)
     target = importances_to(wish, save_imatrix)
     work = downloads(out)
     with ExitStack() as held:
@@ -268,12 +277,14 @@ def _reasons(error: Demoted) -> dict[str, str]:
     return {name: f"weights that cannot be rounded: {each.reason}" for name, each in error.layers.items()}
 
 
-def _recipe(recipe: Recipe | None, wishes: Mapping[str, object]) -> Recipe:
+def _recipe(recipe: Recipe | None, wishes: Mapping[str, object], dataset: Dataset | None) -> Recipe:
     if recipe is not None:
         if wishes:
             raise RecipeError(f"A recipe is given and {', '.join(wishes)} beside it. Put them into the recipe.")
-        return recipe
+        return recipe if dataset is None else replace(recipe, dataset=named(dataset))
     clean = {k: v for k, v in wishes.items() if v is not None}
+    if dataset is not None:
+        clean["dataset"] = named(dataset)
     if "format" in clean:
         clean["formats"] = clean.pop("format")
     own = {f.name for f in fields(Recipe)}

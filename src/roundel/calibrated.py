@@ -26,7 +26,7 @@ from roundel.memory import give_back, peak_memory
 from roundel.output import FRONTIER
 from roundel.parts import with_parts
 from roundel.planning import Plan, Work
-from roundel.planning.room import frontier_bytes, part_of
+from roundel.planning.room import frontier_bytes, in_memory, part_of
 from roundel.report import LOG, Progress, Row, row_of
 from roundel.tensor import TensorSpec
 from roundel.unit import Decodable, Layer, Unit
@@ -99,14 +99,13 @@ class Units:
         )
         self.blocks: dict[str, Block] = {b.name: b for b in (*self.skeleton.blocks, self.skeleton.tail)}
         needed = frontier_bytes(self.plan, self.skeleton.hidden, self.samples, self.tokens)
-        held = calibration.offload == "ram" or (calibration.offload == "auto" and needed < self.free_memory // 2)
         self.streams = Streams(
             self.skeleton,
             calibration.tokens,
             self.out,
             FRONTIER,
             dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[self.recipe.activation_dtype],
-            in_memory=held,
+            in_memory=in_memory(calibration.offload, needed, self.free_memory),
             part=part_of(self.recipe, self.tokens, self.device),
             device=self.device,
         )

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Literal
 
 from roundel.checkpoint import Checkpoint
 from roundel.errors import RecipeError
-from roundel.families import text_config
 from roundel.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -17,7 +16,16 @@ if TYPE_CHECKING:
 
     Dataset = str | Sequence[str | Sequence[int] | Tensor | Mapping[str, object]]
 
-__all__ = ["Calibration", "Dataset", "Offload", "Tick", "calibration_of", "importances_to"]
+__all__ = [
+    "Calibration",
+    "Dataset",
+    "Offload",
+    "Tick",
+    "calibration_of",
+    "check_calibration",
+    "importances_to",
+    "named",
+]
 
 Tick = Callable[[str, float, str], None]
 Offload = Literal["auto", "ram", "disk"]
@@ -57,8 +65,7 @@ def calibration_of(
     """The tokens that a recipe's algorithm looks at, read and cut. Raises RecipeError or SourceError."""
     from roundel.calibration.datasets import calibration_tokens
 
-    limit = text_config(checkpoint.source.config).get("max_position_embeddings")
-    seqlen = min(recipe.seqlen, limit) if isinstance(limit, int) else recipe.seqlen
+    seqlen = recipe.tokens_for(checkpoint.source.config)
     found = calibration_tokens(
         dataset if dataset is not None else recipe.dataset,
         checkpoint.source.small_folder(),
@@ -80,6 +87,23 @@ def calibration_of(
         importances_to=importances_to,
         tick=tick or (lambda name, done, text: None),
     )
+
+
+def check_calibration(recipe: Recipe, dataset: Dataset | None = None) -> None:
+    """What of a recipe's dataset can be wrong before anything is fetched or tokenized. Raises RecipeError or
+    SourceError.
+
+    dataset   rows in memory, or a name that stands in for the recipe's
+    """
+    if recipe.reads_activations and (dataset is None or isinstance(dataset, str)):
+        from roundel.calibration.datasets import check_datasets
+
+        check_datasets(recipe.dataset, recipe.nsamples)
+
+
+def named(dataset: Dataset) -> str:
+    """What a recipe calls a dataset."""
+    return dataset if isinstance(dataset, str) else f"(a list of {len(dataset)})"
 
 
 def _check_ids(tokens: Tensor, checkpoint: Checkpoint) -> None:

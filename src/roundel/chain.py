@@ -20,6 +20,7 @@ __all__ = ["Chain", "Option", "Value", "known_options", "make_chain", "names_and
 
 Value = int | float | bool | str | None
 S = TypeVar("S", bound=Step)
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "None": "none"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +105,13 @@ def make_chain(text: str, options: Mapping[str, object], common: Mapping[str, Va
     of the wrong type.
     """
     names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        raise RecipeError(f"algorithm {text!r} names nothing. Name what chooses the codes, such as rtn or gptq.")
     for name in names:
         if name not in TRANSFORMS and name not in ALGORITHMS:
             known = (*ALGORITHMS, *TRANSFORMS)
             raise RecipeError(f"Unknown algorithm {name!r}.{nearest(name, known)} Known are {', '.join(known)}.")
-    if not names or names[-1] in TRANSFORMS:
+    if names[-1] in TRANSFORMS:
         names.append("rtn")
     early = [name for name in names[:-1] if name in ALGORITHMS]
     if early:
@@ -157,7 +160,7 @@ def _filled(step: S, name: str, options: Mapping[str, object], common: Mapping[s
     for key, value in options.items():
         owner, _, field = key.rpartition(".")
         if owner in ("", name) and field in own:
-            values[field] = _checked(key, value, str(own[field].type))
+            values[field] = _checked(f"{name}: {field}", value, str(own[field].type))
     return replace(step, **values) if values else step  # type: ignore[type-var]
 
 
@@ -176,7 +179,7 @@ def _check_owner(key: str, names: Sequence[str]) -> None:
         )
 
 
-def _checked(key: str, value: object, annotation: str) -> object:
+def _checked(what: str, value: object, annotation: str) -> object:
     kinds = set(re.findall(r"\b(int|float|bool|str|None)\b", annotation))
     if value is None and "None" in kinds:
         return None
@@ -194,7 +197,8 @@ def _checked(key: str, value: object, annotation: str) -> object:
     elif isinstance(value, str):
         for read in _readings(value, kinds):
             return read
-    raise RecipeError(f"{key}={value!r} is not possible: it takes {' or '.join(sorted(kinds))}.")
+    taken = " or ".join(text for kind, text in _KINDS.items() if kind in kinds)
+    raise RecipeError(f"{what}={value!r} is not possible: it takes {taken}.")
 
 
 def _readings(text: str, kinds: set[str]) -> Iterator[Value]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from roundel.checkpoint import Checkpoint
-from roundel.families import text_config
 from roundel.planning import Plan, Work
 from roundel.planning.room import frontier_bytes
 
@@ -41,17 +40,15 @@ class Estimate:
     probe: float
 
 
-def estimate(plan: Plan, checkpoint: Checkpoint) -> Estimate:
+def estimate(plan: Plan, checkpoint: Checkpoint, trust_remote_code: bool = False) -> Estimate:
     """Raises PlanError when the model cannot be run block by block, SourceError when a tensor has another shape."""
     import torch
 
     from roundel.calibration.skeleton import Skeleton
 
     started = time.perf_counter()
-    recipe, settings = plan.recipe, text_config(checkpoint.source.config)
-    limit = settings.get("max_position_embeddings")
-    tokens = min(recipe.seqlen, limit) if isinstance(limit, int) else recipe.seqlen
-    skeleton = Skeleton.of(checkpoint)
+    recipe, tokens = plan.recipe, plan.tokens
+    skeleton = Skeleton.of(checkpoint, trust_remote_code=trust_remote_code)
     units = [work for work in plan.works if work.kind == "unit"]
     first = next(block for block in skeleton.blocks if block.name == units[0].blocks[0])
     shown = min(tokens, PROBE_TOKENS)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from roundel.checkpoint import Checkpoint, Matrix
+from roundel.recipe import Recipe
 from roundel.unit import Layer
 
 __all__ = ["notes_of"]
@@ -13,6 +14,7 @@ __all__ = ["notes_of"]
 
 def notes_of(
     checkpoint: Checkpoint,
+    recipe: Recipe,
     layers: Sequence[Layer],
     matrices: Mapping[str, Matrix],
     demoted: Mapping[str, str],
@@ -25,6 +27,7 @@ def notes_of(
             f"no family is named after model_type {checkpoint.source.config.get('model_type')!r}: the general "
             f"rules decide what is a linear layer"
         )
+    notes += _of_the_wish(recipe)
     for layer in layers:
         reason = matrices[layer.name].reason
         if reason is None or layer.role == "head" or layer.stored.scheme is not None:
@@ -55,6 +58,20 @@ def notes_of(
             f"runtime loads these"
         )
     return tuple(notes)
+
+
+def _of_the_wish(recipe: Recipe) -> list[str]:
+    """What a recipe's steps make of what stands beside them, and of the numbers that a report gives."""
+    found = []
+    transforms = " and ".join(step.name for step in recipe.chain.transforms)
+    if transforms:
+        found.append(
+            f"signal to noise compares with the source's weights, which {transforms} rescales: it may be low, even "
+            "below 0 dB, where nothing is lost"
+        )
+    if recipe.dataset != Recipe.dataset and not recipe.reads_activations and recipe.conversion is None:
+        found.append(f"{recipe.algorithm} looks at no data: {recipe.dataset} is not read")
+    return found
 
 
 def _changes(layers: Sequence[Layer]) -> list[str]:

@@ -47,12 +47,16 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """The checks of a checkpoint. `problems` is empty when all is well."""
+    """The checks of a checkpoint. `problems` is empty when all is well.
+
+    rescaled   whether a transform gave it other weights than the source's, so that signal to noise is no measure of it
+    """
 
     name: str
     against: str | None
     checks: tuple[Check, ...]
     problems: tuple[str, ...]
+    rescaled: bool = False
 
     @property
     def passed(self) -> bool:
@@ -109,6 +113,7 @@ def verify_checkpoint(
         against=source.source.name if source else None,
         checks=tuple(checks),
         problems=tuple(problems),
+        rescaled=moved,
     )
 
 

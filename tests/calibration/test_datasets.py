@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -781,3 +782,15 @@ def test_own_datasets_are_cached_under_their_version(home: Path) -> None:
         found = calibration_tokens("mine", None, nsamples=1, seqlen=3)
         assert found.tokens[0, 0] == (1 if version == "1" else 7)
     assert len(cached(home)) == 2
+
+
+def test_the_remedy_is_one_that_helps(model: Path, tmp_path: Path) -> None:
+    """Joining mends neither an empty file nor one text that is too short."""
+    for name, content, said in (
+        ("empty.txt", "", "empty.txt: the text is empty. Pass texts that hold something."),
+        ("empty.jsonl", "", "empty.jsonl: 0 rows read. Pass texts that hold something."),
+        ("short.txt", "a b", "at the end fill no sample. Use a smaller seqlen, or a longer text."),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(RecipeError, match=re.escape(said)):
+            calibration_tokens(str(tmp_path / name), model, nsamples=1, seqlen=64)

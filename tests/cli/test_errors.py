@@ -58,6 +58,10 @@ SENSELESS = [
     ("--shard-size 0", "'0' is too small a size"),
     ("--device tpu", "Unknown device 'tpu'. Known are cpu and cuda"),
     ("--workers 0", "Invalid value for '--workers': 0 is not in the range x>=1"),
+    ("--algorithm ,", "algorithm ',' names nothing. Name what chooses the codes, such as rtn or gptq"),
+    ("--algorithm gptq --damping x", "gptq: damping='x' is not possible: it takes a number."),
+    ("--algorithm gptq --trials 2.5", "gptq: trials='2.5' is not possible: it takes a whole number."),
+    ("--algorithm signround --lr x", "signround: lr='x' is not possible: it takes a number or none."),
     ("--schem W4A16", "No such option '--schem'. (Did you mean"),
 ]
 
@@ -69,6 +73,31 @@ def test_2_makes_no_sense(name: str, options: str, message: str, model: Path, ou
     found = command(*arguments, *options.split(" "))
     assert found.code == 2 and message in found.error and "Traceback" not in found.error
     assert not out.exists() and len(found.error) < 1000
+
+
+DATA = [
+    ("none.txt", 5, "Dataset none.txt: there is no such file in"),
+    ("pile-11k", 2, "There is no dataset 'pile-11k'. Did you mean 'pile-10k'?"),
+    ("bundled:nun=3", 2, "Dataset bundled has the option 'nun=3'. Did you mean 'num'?"),
+    ("bundled:split=train", 2, "Dataset bundled has no splits"),
+    ("CCI3-HQ:split=tarin", 2, "BAAI/CCI3-HQ has no split 'tarin'. Did you mean 'train'?"),
+    ("bundled:num=4,bundled:num=8", 2, "num= ask for 12 samples, nsamples is 4"),
+]
+
+
+@pytest.mark.parametrize(("dataset", "code", "message"), DATA, ids=[d for d, _, _ in DATA])
+def test_a_plan_names_what_is_wrong_with_a_dataset(dataset: str, code: int, message: str, model: Path) -> None:
+    options = ("--algorithm", "gptq", "--nsamples", "4", "--dataset", dataset)
+    for found in (command("plan", model, *options), command("plan", model, "--no-probe", *options)):
+        assert found.code == code and message in found.error, found
+    with pytest.raises(QuantizationError, match=re.escape(message)):
+        roundel.plan(model, algorithm="gptq", nsamples=4, dataset=dataset)
+
+
+def test_rows_in_memory_go_with_a_recipe(model: Path) -> None:
+    recipe = roundel.Recipe(algorithm="gptq", nsamples=4)
+    found = roundel.plan(model, recipe=recipe, dataset=["a text", "another"])
+    assert found.recipe == roundel.Recipe(algorithm="gptq", nsamples=4, dataset="(a list of 2)")
 
 
 def test_2_recipes_that_make_no_sense(model: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from roundel.calibration.cache import cache_folder, read_samples, sha256_of_tokens, tokenizer_identity, write_samples
 from roundel.calibration.grammar import Entry, parse_datasets
-from roundel.calibration.origins import Origin, known_names, origin_of, origin_of_rows
+from roundel.calibration.origins import Origin, check_origin, known_names, origin_of, origin_of_rows
 from roundel.calibration.reading import kind_of
 from roundel.calibration.rows import POOL, Row
 from roundel.calibration.tokenizer import Tokenizer, load_tokenizer
@@ -29,7 +29,7 @@ from roundel.calibration.tokens import Encoder, Tally, Tokens, cut_joined, cut_r
 from roundel.errors import RecipeError
 from roundel.recipe import Recipe
 
-__all__ = ["Samples", "calibration_tokens"]
+__all__ = ["Samples", "calibration_tokens", "check_datasets"]
 
 _LAYOUT = 1  # of what is cached: raised whenever the same wish gives other tokens than before
 
@@ -119,6 +119,17 @@ def _wished(dataset: str | Sequence[object] | Tensor, nsamples: int, offline: bo
     """Each dataset asked for, and where its rows come from."""
     if not isinstance(dataset, str):
         return [(Entry(name="rows"), origin_of_rows(list(dataset)))]
+    return [(entry, origin_of(entry, offline)) for entry in _entries(dataset, nsamples)]
+
+
+def check_datasets(dataset: str, nsamples: int) -> None:
+    """What can be said of a wish before anything is fetched or tokenized. Raises as `calibration_tokens` does."""
+    for entry in _entries(dataset, nsamples):
+        check_origin(entry)
+
+
+def _entries(dataset: str, nsamples: int) -> tuple[Entry, ...]:
+    """The datasets of a list, whose numbers of samples fit together."""
     entries = parse_datasets(dataset)
     asked = sum(entry.num or 0 for entry in entries)
     if asked > nsamples:
@@ -128,7 +139,7 @@ def _wished(dataset: str | Sequence[object] | Tensor, nsamples: int, offline: bo
     if asked == nsamples and any(entry.num is None for entry in entries):
         none = next(entry.name for entry in entries if entry.num is None)
         raise RecipeError(f"The datasets' num= take all {nsamples} samples, and none is left for {none}. Lower a num.")
-    return [(entry, origin_of(entry, offline)) for entry in entries]
+    return entries
 
 
 def _kept(
@@ -203,13 +214,22 @@ def _gathered(draws: list[_Draw], seqlen: int, seed: int, dataset: str | Sequenc
         texts = [] if isinstance(dataset, str) else [row for row in dataset if isinstance(row, str)]
         if any(text in known_names() or kind_of(text) for text in texts):
             what += " A list holds rows; datasets are named in one string, with commas between them."
-        raise RecipeError(
-            f"There is not one calibration sample of {seqlen:,} tokens. {what} Use a smaller seqlen, longer texts, or "
-            f"join rows with `:concat` (a list of rows: register it as a dataset first)."
-        )
+        raise RecipeError(f"There is not one calibration sample of {seqlen:,} tokens. {what} {_remedy(draws)}")
     if len(draws) > 1:
         random.Random(f"{seed}/all").shuffle(samples)
     return torch.from_numpy(np.stack(samples))
+
+
+def _remedy(draws: list[_Draw]) -> str:
+    """What to do where no sample is left."""
+    if not any(draw.tally.short or draw.tally.rest or draw.tally.dropped for draw in draws):
+        return "Pass texts that hold something."
+    if all(draw.origin.stream for draw in draws):
+        return "Use a smaller seqlen, or a longer text."
+    return (
+        "Use a smaller seqlen, longer texts, or join rows with `:concat` (a list of rows: register it as a dataset "
+        "first)."
+    )
 
 
 def _notes(draws: list[_Draw], nsamples: int, seqlen: int) -> tuple[str, ...]:
@@ -230,8 +250,8 @@ def _notes(draws: list[_Draw], nsamples: int, seqlen: int) -> tuple[str, ...]:
 def _dropped(draw: _Draw, seqlen: int, gave: str = "") -> str:
     """What was read of a dataset and what of it was left out, with the numbers."""
     tally = draw.tally
-    read = "the text" if draw.origin.stream else _count(tally.rows, "row")
-    said = [f"{draw.origin.label}: {gave}{read} read"]
+    text = "the text read" if tally.rows else "the text is empty"
+    said = [f"{draw.origin.label}: {gave}{text if draw.origin.stream else _count(tally.rows, 'row') + ' read'}"]
     if tally.short:
         lengths = f"{tally.shortest:,}" if tally.short == 1 else f"{tally.shortest:,} to {tally.longest:,}"
         said.append(f"{tally.short:,} shorter than {seqlen:,} tokens ({lengths}) dropped")

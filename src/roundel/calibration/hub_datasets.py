@@ -17,7 +17,7 @@ from roundel.calibration.rows import Chat, Row, Text, row_of
 from roundel.errors import RecipeError, SourceError, nearest
 from roundel.io.hub_repository import offline
 
-__all__ = ["HUB_DATASETS", "HubDataset", "HubFiles", "row_from_hub"]
+__all__ = ["HUB_DATASETS", "HubDataset", "HubFiles", "patterns_of", "row_from_hub"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,7 @@ class HubFiles:
         # The client freezes HF_ENDPOINT when it is imported; here the value of the moment counts.
         self._endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
         self._local = stay_offline or offline()
-        patterns = _patterns(dataset, splits)
+        patterns = patterns_of(dataset, splits)
         try:
             self.commit, listed = self._cached() if self._local else self._listed()
         except HfHubHTTPError as error:
@@ -243,8 +243,8 @@ _INSTEAD = (
 )
 
 
-def _patterns(dataset: HubDataset, splits: tuple[str, ...] | None) -> list[str]:
-    """The file patterns of the splits asked for."""
+def patterns_of(dataset: HubDataset, splits: tuple[str, ...] | None) -> list[str]:
+    """The file patterns of the splits asked for. Raises RecipeError for a split that it does not have."""
     for split in splits or ():
         if split not in dataset.splits:
             raise RecipeError(

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Literal
 
 from roundel.calibration.grammar import Entry
-from roundel.calibration.hub_datasets import HUB_DATASETS, HubDataset, HubFiles, row_from_hub
+from roundel.calibration.hub_datasets import HUB_DATASETS, HubDataset, HubFiles, patterns_of, row_from_hub
 from roundel.calibration.reading import kind_of, need_pyarrow, read_values
 from roundel.calibration.rows import Ids, Row, Text, row_of, shuffled
 from roundel.data.bundled import bundled_text
 from roundel.errors import RecipeError, SourceError, nearest
 
-__all__ = ["Origin", "known_names", "origin_of", "origin_of_rows", "register_dataset"]
+__all__ = ["Origin", "check_origin", "known_names", "origin_of", "origin_of_rows", "register_dataset"]
 
 BUNDLED = "bundled"
 
@@ -100,6 +100,15 @@ def origin_of(
     return origin
 
 
+def check_origin(entry: Entry) -> None:
+    """What `origin_of` raises, but for what only the Hub can tell: nothing is fetched."""
+    dataset = _of_hub(entry)
+    if dataset is None:
+        origin_of(entry)
+    else:
+        _check_hub(dataset, entry)
+
+
 def origin_of_rows(rows: Sequence[object]) -> Origin:
     """The rows a caller holds in memory, taken in their order."""
     found = [row_of(value, f"row {number} of the calibration data") for number, value in enumerate(rows)]
@@ -114,11 +123,17 @@ def _built_in() -> tuple[str, ...]:
     return (BUNDLED, *(name for dataset in HUB_DATASETS for name in (dataset.repo, *dataset.aliases)))
 
 
+def _of_hub(entry: Entry) -> HubDataset | None:
+    folded = entry.name.casefold()
+    named = (each for each in HUB_DATASETS if folded in {name.casefold() for name in (each.repo, *each.aliases)})
+    return next(named, None)
+
+
 def _named(entry: Entry, offline: bool, bundled: Literal["calibration", "evaluation"]) -> Origin:
     folded = entry.name.casefold()
-    for dataset in HUB_DATASETS:
-        if folded in {name.casefold() for name in (dataset.repo, *dataset.aliases)}:
-            return _hub(dataset, entry, offline)
+    dataset = _of_hub(entry)
+    if dataset is not None:
+        return _hub(dataset, entry, offline)
     if entry.split is not None:
         raise RecipeError(f"Dataset {entry.name} has no splits. Drop split={'+'.join(entry.split)}.")
     if entry.name in _REGISTERED:
@@ -158,9 +173,14 @@ def _file(path: Path, label: str) -> Origin:
     return Origin(label=label, identity=identity, rows=rows, stream=stream, bare=bare)
 
 
-def _hub(dataset: HubDataset, entry: Entry, offline: bool) -> Origin:
+def _check_hub(dataset: HubDataset, entry: Entry) -> None:
     for pattern in dataset.splits.values():
         need_pyarrow(pattern)
+    patterns_of(dataset, entry.split)
+
+
+def _hub(dataset: HubDataset, entry: Entry, offline: bool) -> Origin:
+    _check_hub(dataset, entry)
     files = HubFiles(dataset, entry.split, offline)
 
     def read(name: str) -> Iterator[Row]:

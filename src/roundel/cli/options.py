@@ -94,6 +94,14 @@ _OPTIONS = (
         type=click.IntRange(min=1),
         help="Layers rounded side by side. [default: as cores and memory allow]",
     ),
+    click.option(
+        "--offload",
+        type=click.Choice(["auto", "ram", "disk"]),
+        default="auto",
+        show_default=True,
+        help="Where activations lie between blocks.",
+    ),
+    click.option("--trust-remote-code", is_flag=True, help="Let code that ships inside the checkpoint run."),
 )
 
 
@@ -113,8 +121,10 @@ def _hyperparameters() -> list[Callable[[Command], Command]]:
         says = "; ".join(
             f"{'/'.join(owners)}: {text} [default: {default}]" for (default, text), owners in _told(option).items()
         )
-        if option.kinds == {"bool", "str"}:  # a switch that may name a file
-            shape: dict[str, Any] = {"metavar": "[FILE]", "is_flag": False, "flag_value": "true"}
+        if option.kinds == {"bool", "str"}:  # a switch that may name something: a file, where it is off by default
+            names_file = any(default is False for default, _ in option.owners.values())
+            metavar = "[FILE]" if names_file else "[BOOL|STR]"
+            shape: dict[str, Any] = {"metavar": metavar, "is_flag": False, "flag_value": "true"}
         else:
             shape = {"metavar": None if option.kinds == {"bool"} else "|".join(sorted(option.kinds)).upper()}
         declared = f"--{flag}/--no-{flag}" if option.kinds == {"bool"} else f"--{flag}"

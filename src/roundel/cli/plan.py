@@ -23,7 +23,15 @@ __all__ = ["plan", "plan_as_dict"]
 @click.option("--probe/--no-probe", default=True, help="Measure one block, to foresee the time of a calibrated run.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole plan as JSON: every layer, every output tensor.")
 def plan(
-    model: str, probe: bool, as_json: bool, revision: str | None, device: str, workers: int | None, **options: Any
+    model: str,
+    probe: bool,
+    as_json: bool,
+    offload: str,
+    trust_remote_code: bool,
+    revision: str | None,
+    device: str,
+    workers: int | None,
+    **options: Any,
 ) -> None:
     """Show what `roundel quantize` would do to MODEL with the same options, without reading a weight.
 
@@ -33,40 +41,46 @@ def plan(
       roundel plan Qwen/Qwen3-8B --bits 3 --json
     """
     from roundel.api import check_device
+    from roundel.calibrating import check_calibration
     from roundel.card import size
     from roundel.checkpoint import open_checkpoint
     from roundel.cli.show import console, duration, print_plan
     from roundel.estimate import estimate
+    from roundel.memory import free_memory
     from roundel.pipeline import default_workers
     from roundel.planning import build_plan
+    from roundel.planning.room import in_memory
 
     check_device(device, planning=True)
     recipe = recipe_from(options)
+    check_calibration(recipe)
     with tempfile.TemporaryDirectory(prefix="roundel-") as work:
         checkpoint = open_checkpoint(model, revision, Path(work))
         try:
             made = build_plan(checkpoint, recipe)
-            foreseen = estimate(made, checkpoint) if recipe.reads_activations and probe else None
+            foreseen = estimate(made, checkpoint, trust_remote_code) if recipe.reads_activations and probe else None
         finally:
             checkpoint.close()
     count = workers or default_workers(made, device)
+    held = foreseen is not None and in_memory(offload, foreseen.activations, free_memory())
+    between = foreseen.activations if foreseen is not None and held else 0
     if as_json:
-        told = plan_as_dict(made, count, device)
+        told = plan_as_dict(made, count, device, between)
         if foreseen is not None:
             told |= {"activation_bytes": foreseen.activations, "estimated_seconds": round(foreseen.seconds, 1)}
         click.echo(json.dumps(told, indent=1))
     else:
-        print_plan(made, count, device)
+        print_plan(made, count, device, between)
         if foreseen is not None:
             console.print(
-                f"activations between blocks: {size(foreseen.activations)}, in memory or, with --offload disk, "
-                "in files\n"
+                f"activations between blocks: {size(foreseen.activations)}, "
+                f"{'in memory; in files with --offload disk' if held else 'in files'}\n"
                 f"time about {duration(foreseen.seconds)}, foreseen from a probe of {foreseen.probe:.1f} s"
             )
 
 
-def plan_as_dict(made: Plan, workers: int, device: str) -> dict[str, object]:
-    """Everything a plan knows, ready for JSON."""
+def plan_as_dict(made: Plan, workers: int, device: str, between: int = 0) -> dict[str, object]:
+    """Everything a plan knows, ready for JSON. between: bytes of activations that lie in memory between units."""
     from roundel.planning.room import expected_peak
 
     return {
@@ -75,7 +89,7 @@ def plan_as_dict(made: Plan, workers: int, device: str) -> dict[str, object]:
         "fingerprint": made.fingerprint,
         "recipe": made.recipe.to_dict(),
         "bits_per_weight": made.bits_per_weight,
-        "peak_memory_bytes": expected_peak(made, workers, device),
+        "peak_memory_bytes": expected_peak(made, workers, device) + between,
         "workers": workers,
         "notes": list(made.notes),
         "layers": [

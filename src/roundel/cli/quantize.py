@@ -20,20 +20,12 @@ __all__ = ["Bar", "default_folder", "quantize"]
 @recipe_options
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier run left in OUT.")
 @click.option(
-    "--offload",
-    type=click.Choice(["auto", "ram", "disk"]),
-    default="auto",
-    show_default=True,
-    help="Where activations lie between blocks.",
-)
-@click.option(
     "--save-imatrix",
     metavar="FILE",
     type=click.Path(path_type=Path),
     help="Keep the importances that opt-rtn --imatrix or signround computes, as llama.cpp reads them; FILE.dat is its "
     "older layout.",
 )
-@click.option("--trust-remote-code", is_flag=True, help="Let code that ships inside the checkpoint run.")
 def quantize(
     model: str,
     out: Path | None,

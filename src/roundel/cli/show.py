@@ -76,8 +76,11 @@ def folded(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, int, tuple[str, .
     return [(key[0], count, key[1:]) for key, count in found.items()]
 
 
-def print_plan(plan: Plan, workers: int, device: str) -> None:
-    """The table of layers, what stays and why, sizes, memory, files."""
+def print_plan(plan: Plan, workers: int, device: str, between: int = 0) -> None:
+    """The table of layers, what stays and why, sizes, memory, files.
+
+    between   bytes of activations that lie in memory between units
+    """
     console.print(f"[bold]{escape(plan.source_name)}[/], family {escape(plan.family)}\n")
     layers = table("layers", "count", "shape", "scheme", "bits", "decided by")
     first = plan.outputs[0].format
@@ -113,7 +116,7 @@ def print_plan(plan: Plan, workers: int, device: str) -> None:
         for shard in output.shards:
             console.print(f"  {shard.name}  {size(shard.nbytes)}")
     console.print(
-        f"peak memory about {size(expected_peak(plan, workers, device))} with {workers} "
+        f"peak memory about {size(expected_peak(plan, workers, device) + between)} with {workers} "
         f"worker{'s' if workers > 1 else ''}"
     )
 
@@ -127,8 +130,9 @@ def _print_units(plan: Plan, device: str) -> None:
     for pattern, count, cells in folded(rows):
         units.add_row(escape(pattern), str(count), *map(escape, cells))
     console.print(units)
+    limit = " (the model takes no more)" if plan.tokens < recipe.seqlen else ""
     console.print(
-        f"calibrated on {escape(recipe.dataset)}: {recipe.nsamples} samples of {recipe.seqlen} tokens, "
+        f"calibrated on {escape(recipe.dataset)}: {recipe.nsamples} samples of {plan.tokens} tokens{limit}, "
         f"{recipe.together} at a time, seed {recipe.seed}"
     )
     weights, activations = unit_memory(plan, device)

@@ -54,6 +54,8 @@ def verify(out: str, against: str | None, show_all: bool) -> None:
         )
     mean = found.mean_sqnr
     quality = f", signal to noise {decibel(mean)} on average against {found.against}" if mean is not None else ""
+    if mean is not None and found.rescaled:
+        quality += ", whose weights a transform rescaled: no measure of quality"
     console.print(
         f"[green]ok[/] {escape(found.name)}: {len(packed)} layers and {len(found.checks) - len(packed)} other tensors "
         f"are whole and finite{escape(quality)}"

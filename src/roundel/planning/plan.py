@@ -100,6 +100,7 @@ class Plan:
     origins      layer name -> where its scheme was decided
     kept         matrices that stay, each with its reason
     outputs      one for each format
+    tokens       of a sample, where the recipe looks at data: what it asks for, or what the model takes
     importances  what a file says of layers' inputs, where the recipe names one
     notes        fallbacks and facts the user should know; an error under `strict` where they are fallbacks
     """
@@ -117,6 +118,7 @@ class Plan:
     outputs: tuple[Output, ...]
     untied: bool
     source_bytes: int
+    tokens: int
     demoted: Mapping[str, str] = field(default_factory=dict)
     calibration: str | None = None
     importances: Importances | None = None

@@ -14,6 +14,7 @@ from typing import Literal
 
 from roundel.chain import Chain, Value, known_options, make_chain, names_and_options
 from roundel.errors import RecipeError, nearest
+from roundel.families import text_config
 from roundel.formats import format_named
 from roundel.recipe.layer_config import compiled, scheme_of_entry
 from roundel.recipe.reading import parse_size, read_mapping, read_text
@@ -201,6 +202,11 @@ class Recipe:
     def together(self) -> int:
         """Samples that are run together."""
         return TOGETHER if self.batch_size is None else self.batch_size
+
+    def tokens_for(self, config: Mapping[str, object]) -> int:
+        """Tokens of a sample: seqlen, or what a model of this config takes."""
+        limit = text_config(config).get("max_position_embeddings")
+        return min(self.seqlen, limit) if isinstance(limit, int) else self.seqlen
 
     def to_dict(self) -> dict[str, object]:
         """Only what differs from the defaults, ready for JSON, and fit for `from_dict`."""
