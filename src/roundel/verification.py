@@ -113,7 +113,7 @@ def verify_checkpoint(
         against=source.source.name if source else None,
         checks=tuple(checks),
         problems=tuple(problems),
-        rescaled=moved,
+        rescaled=told.transformed,
     )
 
 
