@@ -102,7 +102,8 @@ def choose_conversions(
         new = asked or nearest_scheme(layer, format, algorithm)
         choices[matrix.name] = Choice(scheme=new, origin=f"rounded anew from {matrix.stored.scheme.name}")
         if new is None:
-            problems.append(_refusal(why_not(layer, format, matrix.stored.scheme) or "", [layer]))
+            reason = why_not(layer, format, matrix.stored.scheme) or ""
+            problems.append(_refusal(reason, [layer], _other_format([layer])))
         elif new.stores_input_scale and new.input != matrix.stored.scheme.input:
             unmeasured.append(layer)
     if unmeasured:
