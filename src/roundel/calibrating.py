@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from roundel.checkpoint import Checkpoint
 from roundel.errors import RecipeError
@@ -63,6 +63,8 @@ def calibration_of(
     importances_to: Path | None = None,
 ) -> Calibration:
     """The tokens that a recipe's algorithm looks at, read and cut. Raises RecipeError or SourceError."""
+    if offload not in get_args(Offload):
+        raise RecipeError(f"offload={offload!r} is not possible: {', '.join(get_args(Offload))}.")
     from roundel.calibration.datasets import calibration_tokens
 
     seqlen = recipe.tokens_for(checkpoint.source.config)

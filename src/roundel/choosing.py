@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from roundel.algorithms import ALGORITHMS
 from roundel.checkpoint import Matrix
 from roundel.errors import PlanError, nearest
 from roundel.families.generic import CONV1D
@@ -102,7 +103,8 @@ def choose_conversions(
         new = asked or nearest_scheme(layer, format, algorithm)
         choices[matrix.name] = Choice(scheme=new, origin=f"rounded anew from {matrix.stored.scheme.name}")
         if new is None:
-            problems.append(_refusal(why_not(layer, format, matrix.stored.scheme) or "", [layer]))
+            reason = why_not(layer, format, matrix.stored.scheme) or ""
+            problems.append(_refusal(reason, [layer], _other_format([layer])))
         elif new.stores_input_scale and new.input != matrix.stored.scheme.input:
             unmeasured.append(layer)
     if unmeasured:
@@ -182,15 +184,17 @@ def layers_of(
         layer = _arranged(matrix.layer(scheme), algorithm.permutes, formats)
         layers.append(layer)
         reasons = [
-            *((f"{step.name}", step.refuse(layer)) for step in recipe.chain.transforms),
-            (f"algorithm {algorithm.name}", None if recipe.conversion and layer.moves else algorithm.refuse(layer)),
+            *((step.name, step.refuse(layer)) for step in recipe.chain.transforms),
+            (algorithm.name, None if recipe.conversion and layer.moves else algorithm.refuse(layer)),
             *((f.name, f.refuse(layer)) for f in formats),
         ]
         for who, reason in reasons:
             if reason is not None:
                 refused.setdefault((who, reason), []).append(layer)
-    for (_, reason), refused_layers in refused.items():
-        problems.append(_refusal(reason, refused_layers))
+    steps = {step.name for step in recipe.chain.steps}
+    for (who, reason), refused_layers in refused.items():
+        remedy = _other_step(who, refused_layers) if who in steps else _other_format(refused_layers)
+        problems.append(_refusal(reason, refused_layers, remedy))
     return layers
 
 
@@ -201,17 +205,31 @@ def _arranged(layer: Layer, permutes: bool, formats: Sequence[Format]) -> Layer:
     return permuted if permutes or keeps else layer
 
 
-def _refusal(reason: str, layers: Sequence[Layer]) -> str:
+def _refusal(reason: str, layers: Sequence[Layer], remedy: str) -> str:
     first, more = layers[0], len(layers) - 1
     others = f" (and {more} more)" if more else ""
-    written = [f for f in FORMATS.values() if f.writes and f.keeps_codes]
-    storing = [f.name for f in written if all(f.refuse(layer) is None for layer in layers)]
-    named = " or ".join(filter(None, (", ".join(storing[:-1]), *storing[-1:])))
-    remedy = f"Use format {named}, " if storing else "Choose another scheme, "
     return (
-        f"{first.name} {list(first.shape)}{others}: {reason}. {remedy}or change these layers with --layer-config or "
+        f"{first.name} {list(first.shape)}{others}: {reason}. {remedy}, or change these layers with --layer-config or "
         "--ignore-layers."
     )
+
+
+def _other_format(layers: Sequence[Layer]) -> str:
+    written = [f for f in FORMATS.values() if f.writes and f.keeps_codes]
+    storing = [f.name for f in written if all(f.refuse(layer) is None for layer in layers)]
+    return f"Use format {_listed(storing)}" if storing else "Choose another scheme"
+
+
+def _other_step(name: str, layers: Sequence[Layer]) -> str:
+    """Instead of the algorithm, or the transform, that refuses these layers."""
+    if name not in ALGORITHMS:
+        return f"Leave {name} out"
+    others = [a for a in ALGORITHMS.values() if a.name != name and all(a.refuse(layer) is None for layer in layers)]
+    return f"Use algorithm {_listed([a.name for a in others])}" if others else "Choose another scheme"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def settle(formats: Sequence[Format], layers: Sequence[Layer], problems: list[str]) -> list[Format]:

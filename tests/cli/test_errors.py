@@ -94,6 +94,11 @@ def test_a_plan_names_what_is_wrong_with_a_dataset(dataset: str, code: int, mess
         roundel.plan(model, algorithm="gptq", nsamples=4, dataset=dataset)
 
 
+def test_activations_lie_where_they_can(model: Path, out: Path) -> None:
+    with pytest.raises(errors.RecipeError, match="offload='dsik' is not possible: auto, ram, disk"):
+        roundel.quantize(model, out, algorithm="gptq", dataset=[[1] * 8], offload="dsik")  # type: ignore[arg-type]
+
+
 def test_rows_in_memory_go_with_a_recipe(model: Path) -> None:
     recipe = roundel.Recipe(algorithm="gptq", nsamples=4)
     found = roundel.plan(model, recipe=recipe, dataset=["a text", "another"])
@@ -127,6 +132,17 @@ def test_2_commands_that_make_no_sense(model: Path) -> None:
 
 
 UNFIT = [
+    (
+        "--algorithm hqq --scheme MXFP4",
+        [
+            "hqq fits scales and zero points of integers, not MXFP4. Use algorithm rtn, gptq, opt-rtn or signround, or "
+            "change these layers with --layer-config"
+        ],
+    ),
+    (
+        "--algorithm gptq --dataset bundled --scheme NVFP4 --format llm_compressor",
+        ["gptq rounds to integers and MX floats, not to NVFP4. Use algorithm rtn or opt-rtn, or change"],
+    ),
     (
         "--ignore-layers k_porj",
         ["ignore_layers 'k_porj' matches no layer. Did you mean 'k_proj'? Layers end in down_proj, gate_proj"],

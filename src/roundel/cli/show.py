@@ -156,7 +156,8 @@ def print_report(report: Report) -> None:
     if report.resumed:
         console.print(f"continued: {report.resumed} of {len(plan.works)} pieces were done already")
     worst = report.worst if report.converted is None or report.converted.changed else None
-    console.print(f"{plan.extent}; {len(plan.kept)} matrices kept in full precision")
+    matrices = "1 matrix" if len(plan.kept) == 1 else f"{len(plan.kept)} matrices"
+    console.print(f"{plan.extent}; {matrices} kept in full precision")
     if worst is not None:
         console.print(
             f"signal to noise {decibel(report.mean_sqnr)} on average, lowest {decibel(worst.sqnr)} "
