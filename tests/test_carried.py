@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import roundel
+from commands import command
 from formats.test_gguf import tokenized
 from models.pico import build
 from roundel.calibration.tokenizer import load_tokenizer
@@ -57,6 +58,7 @@ def test_scales_of_the_cache_go_along(cached: Path, tmp_path: Path) -> None:
         for n in (0, 1) for part in ("k_scale", "v_scale")
     }  # fmt: skip
     assert config["quantization_config"]["kv_cache_scheme"]["num_bits"] == 8
+    assert "keys and values in the cache: fp8" in command("inspect", tmp_path / "out").output
     assert not any("left out" in note for note in report.plan.notes)
     roundel.quantize(cached, tmp_path / "anew", scheme="W4A16G32", format="llm_compressor")
     again = json.loads((tmp_path / "anew/config.json").read_text())["quantization_config"]

@@ -29,6 +29,7 @@ class Inspection:
 
     schemes    scheme name -> (layers, weights) of what is quantized
     floats     dtype -> (matrices, weights) of what is not
+    kv_cache   how keys and values are rounded in the cache: "fp8", or other words; None: not at all
     nbytes     bytes of all tensors; quantized_bytes of the quantized layers' parts
     """
 
@@ -37,6 +38,7 @@ class Inspection:
     family: str
     format: str
     packing: str | None
+    kv_cache: str | None
     schemes: dict[str, tuple[int, int]]
     floats: dict[str, tuple[int, int]]
     nbytes: int
@@ -57,6 +59,7 @@ class Inspection:
             "family": self.family,
             "format": self.format,
             "packing": self.packing,
+            "kv_cache": self.kv_cache,
             "schemes": {k: {"layers": n, "weights": w} for k, (n, w) in self.schemes.items()},
             "floats": {k: {"matrices": n, "weights": w} for k, (n, w) in self.floats.items()},
             "bytes": self.nbytes,
@@ -86,6 +89,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         family=checkpoint.family.name + (" (a guess)" if checkpoint.family.guess else ""),
         format=checkpoint.format_name,
         packing=checkpoint.reader.packing if checkpoint.reader else None,
+        kv_cache=checkpoint.reader.cached() if checkpoint.reader else None,
         schemes=_counted(rounded),
         floats=_counted([(matrix.dtype, matrix) for matrix in matrices if matrix.stored.scheme is None]),
         nbytes=sum(s.nbytes for s in source.tensors.values()),

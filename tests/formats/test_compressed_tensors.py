@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+import roundel
+from roundel.data.bundled import bundled_model
 from roundel.errors import SourceError
 from roundel.formats import FORMATS, Contents, Format, reader_of
 from roundel.formats.compressed_config import group_for, group_of, scheme_of
@@ -144,3 +146,9 @@ def test_layers_on_several_layouts_are_one_mixed_file() -> None:
         found = format.find(layer.name, specs(layer))
         assert found is not None
         assert found.scheme == layer.scheme
+
+
+def test_rceil_has_no_word_in_the_config() -> None:
+    for scheme, told in (("MXFP4_RCEIL", 1), ("MXFP8", 0)):
+        plan = roundel.plan(bundled_model(), scheme=scheme, format="llm_compressor")
+        assert sum("no word for RCEIL" in note for note in plan.notes) == told

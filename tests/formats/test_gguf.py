@@ -134,6 +134,15 @@ def test_two_runs_give_one_file_and_layers_may_be_set_apart(tmp_path: Path) -> N
     assert header.metadata["general.file_type"].value == 15
 
 
+@pytest.mark.parametrize("wish", [{"scheme": "MXFP8"}, {"bits": 3}, {"group_size": 32}, {"sym": False}])
+def test_a_mixture_takes_no_scheme(wish: dict[str, Any], tmp_path: Path) -> None:
+    for kind in ("q4_k_m", "f16"):
+        with pytest.raises(
+            PlanError, match=rf"gguf:{kind} decides on the type of every tensor, and {next(iter(wish))}="
+        ):
+            roundel.quantize(bundled_model(), tmp_path / "out", format=f"gguf:{kind}", **wish)
+
+
 def test_what_cannot_be_is_told(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="q4_k_m"):
         format_named("gguf:q4_k_x")

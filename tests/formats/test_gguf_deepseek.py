@@ -216,7 +216,7 @@ def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="its 4 heads have 192"):
         roundel.quantize(other, tmp_path / "a", format="gguf:q8_0")
     with pytest.raises(PlanError, match="same parts"):
-        roundel.quantize(model, tmp_path / "b", format="gguf:q8_0,auto_round", scheme="GGUF:Q8_0")
+        roundel.quantize(model, tmp_path / "b", format="gguf:q8_0,auto_round")
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.0.self_attn.kv_b_proj.bias"] = torch.zeros(HEADS * (NOPE + VALUE))
     save_file(tensors, other / "model.safetensors")

@@ -50,6 +50,8 @@ def inspect(path: str, revision: str | None, as_json: bool) -> None:
     console.print(shown)
     for name, (layers, weights) in found.schemes.items():
         console.print(f"{name}: {layers} layers, {weights / 1e6:.1f} M weights")
+    if found.kv_cache is not None:
+        console.print(escape(f"keys and values in the cache: {found.kv_cache}"))
     if found.bits_per_weight is not None:
         console.print(f"{found.bits_per_weight:.3f} bits per quantized weight")
     console.print(f"{size(found.nbytes)} in {found.shards} file{'s' if found.shards > 1 else ''}")

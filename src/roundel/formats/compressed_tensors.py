@@ -149,6 +149,12 @@ class CompressedTensors(Format):
             )
         return CompressedTensors(quantization=quantization)
 
+    def caveats(self, contents: Contents) -> tuple[str, ...]:
+        inputs = (layer.scheme.input for layer in contents.layers)
+        if any(grid is not None and grid.exponent == "rceil" for grid in inputs):
+            return ("llm_compressor: its config has no word for RCEIL, so readers round inputs as they do for MX",)
+        return ()
+
     def cached(self) -> str | None:
         return kv_cache_of(self.quantization)
 

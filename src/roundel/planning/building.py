@@ -185,6 +185,13 @@ def _check_deciding(formats: Sequence[Format], recipe: Recipe) -> None:
         first = (whole or deciding)[0]
         others = ", ".join(f.name for f in formats if f.name != first)
         raise PlanError(f"{first} decides how every tensor is stored, and {others} cannot share that. Write it alone.")
+    asked = {"scheme": recipe.scheme, "bits": recipe.bits, "group_size": recipe.group_size, "sym": recipe.sym}
+    idle = [f"{name}={value}" for name, value in asked.items() if value != getattr(Recipe, name)]
+    if deciding and idle and recipe.conversion is None:
+        raise PlanError(
+            f"{deciding[0]} decides on the type of every tensor, and {idle[0]} has no say in that. Leave it out, or "
+            "name another file type; --format gguf with --scheme GGUF:Q6_K gives all layers one type."
+        )
     if formats[0].floats is not None and recipe.algorithm != Recipe.algorithm and not recipe.layer_config:
         raise PlanError(
             f"{formats[0].name} rounds nothing to codes, so {recipe.algorithm} has nothing to choose. Drop --algorithm."
