@@ -203,7 +203,8 @@ def test_the_source_is_never_the_output(model: Path, tmp_path: Path) -> None:
 def test_a_file_in_the_way(model: Path, out: Path) -> None:
     out.write_text("mine")
     refused("is a file. Choose a folder", model, out)
-    refused("cannot be made: Not a directory", model, out / "below")
+    refused("out is a file. Choose a folder", model, out / "below")
+    refused("is a file. Choose a folder", model, out, algorithm="gptq", dataset="absent.txt")  # before data is read
     out.unlink()
     out.mkdir()
     (out / "auto_gptq").write_text("mine")

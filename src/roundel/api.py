@@ -17,7 +17,7 @@ from roundel.checkpoint import Checkpoint, open_checkpoint
 from roundel.errors import ConversionError, RecipeError
 from roundel.io.journal import alone, read_journal
 from roundel.io.source import LocalFiles, small_files
-from roundel.output import clear, folder_of, is_complete, prepare, read_report
+from roundel.output import check_place, clear, folder_of, is_complete, prepare, read_report
 from roundel.pipeline import Demoted, default_workers, run
 from roundel.planning import Plan, build_plan
 from roundel.recipe import STORED, Recipe
@@ -100,6 +100,7 @@ def quantize(
     SourceError, or (with strict) NumericsError.
     """
     out = Path(out)
+    check_place(out)
     wish = _recipe(recipe, wishes, dataset)
     target = importances_to(wish, save_imatrix)
     work = downloads(out)

@@ -26,6 +26,7 @@ from roundel.report import LOG, REPORT, Report
 
 __all__ = [
     "FRONTIER",
+    "check_place",
     "clear",
     "finish",
     "folder_of",
@@ -67,6 +68,15 @@ def read_report(folder: Path) -> dict[str, object]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def check_place(out: Path) -> None:
+    """What can be said of an output folder before the model is looked at. Raises OutputError where none can be made."""
+    place = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.exists(path))
+    if not place.is_dir():
+        raise OutputError(f"{place} is a file. Choose a folder.")
+    if place != out.absolute() and not os.access(place, os.W_OK | os.X_OK):
+        raise OutputError(f"{out} cannot be made: permission denied in {place}. Choose a folder you may write to.")
 
 
 def prepare(out: Path, plan: Plan, source_folder: Path | None, overwrite: bool) -> None:

@@ -66,7 +66,7 @@ def quantize(
     from roundel.calibrating import calibration_of, importances_to
     from roundel.checkpoint import open_checkpoint
     from roundel.cli.show import console, print_report
-    from roundel.output import is_complete
+    from roundel.output import check_place, is_complete
     from roundel.pipeline import default_workers
     from roundel.planning import build_plan
 
@@ -74,6 +74,7 @@ def quantize(
     recipe = recipe_from(options)
     target = importances_to(recipe, save_imatrix)
     folder = out if out is not None else default_folder(model, recipe.label)
+    check_place(folder)
     work = downloads(folder)
     checkpoint = open_checkpoint(model, revision, work)
     try:
