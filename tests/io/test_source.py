@@ -181,7 +181,12 @@ def test_what_is_no_model_folder(sharded: Path, tmp_path: Path) -> None:
     refused("x" * 5000 + "/..", "does not exist")
     refused("~nobody-of-this-name/model", "does not exist")
     refused(sharded / "config.json", "is a file. Pass the folder")
-    refused(tmp_path, "is not a model folder: it has no config.json")
+    (tmp_path / "empty").mkdir()
+    refused(
+        tmp_path / "empty", "is not a model folder: it has no config.json. Pass the one that holds config.json and "
+    )
+    shutil.copytree(sharded, tmp_path / "another")
+    refused(tmp_path, "it has no config.json. Pass one in it that has: another, model.")
     for path in sharded.glob("*.safetensors*"):
         path.unlink()
     refused(sharded, "holds no .safetensors file")

@@ -322,10 +322,13 @@ def open_source(model: str | Path, revision: str | None = None, work: Path | Non
                 f"{folder} is an unfinished output of roundel. Repeat the command that began it to finish it."
             )
         if not (folder / "config.json").exists():
-            raise SourceError(
-                f"{folder} is not a model folder: it has no config.json. Pass the folder that holds config.json "
-                f"and *.safetensors."
+            below = sorted(path.parent.name for path in folder.glob("*/config.json"))
+            other = (
+                f"one in it that has: {', '.join(below)}"
+                if below
+                else "the one that holds config.json and *.safetensors"
             )
+            raise SourceError(f"{folder} is not a model folder: it has no config.json. Pass {other}.")
         return Source(LocalFiles(folder), folder.resolve().name)
     text = str(model)
     if folder.exists():

@@ -248,6 +248,10 @@ def _parse_name(text: str) -> Scheme:
         if found["kind"] == "_HQQ":
             return float_zero_scheme(int(found["bits"]), group)
         return integer_scheme(int(found["bits"]), group, found["kind"] != "_ASYM")
+    if name == "INT4":
+        raise RecipeError(
+            "INT4 rounds the inputs to 4 bits too, which no format stores. Use W4A16 or INT8_W8A8 instead."
+        )
     known = (*PRESETS, *MIXES)
     if name in MIXES:
         raise RecipeError(
