@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import roundel
 from commands import command
-from models.pico import build
+from models.pico import PICO_TYPES, build
 from models.raw import plant, poke, raw_file, spot
 from roundel.checkpoint import open_checkpoint
 from roundel.data.bundled import bundled_model
@@ -109,6 +109,20 @@ def test_tied_heads_and_experts(tmp_path: Path) -> None:
         model, out = build(model_type, tmp_path / model_type), tmp_path / f"{model_type}-out"
         roundel.quantize(model, out, scheme="W8A16", **options)  # type: ignore[arg-type]
         assert verify(out, model).problems == ()
+
+
+@pytest.mark.parametrize("model_type", PICO_TYPES)
+def test_every_family_is_what_its_config_describes(model_type: str, tmp_path: Path) -> None:
+    assert verify(build(model_type, tmp_path / "model")).problems == ()
+
+
+@pytest.mark.parametrize(("key", "tensor"), [("intermediate_size", "mlp.down_proj"), ("vocab_size", "embed_tokens")])
+def test_a_config_that_describes_another_model(key: str, tensor: str, out: Path) -> None:
+    path = out / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {key: 2 * config[key]}))
+    found = verify(out)
+    assert not found.passed and any(f"{tensor}.weight is" in problem for problem in found.problems)
 
 
 def test_a_kept_tensor_without_elements(model: Path, tmp_path: Path) -> None:

@@ -93,6 +93,8 @@ def verify_checkpoint(
     checkpoint: Checkpoint, source: Checkpoint | None, progress: Callable[[str], None] | None = None
 ) -> Verification:
     """`verify` for opened checkpoints, holding one layer at a time."""
+    from roundel.calibration.agreement import misfits
+
     told, origin = _told(checkpoint), _Origin(checkpoint, source) if source is not None else None
     checks: list[Check] = []
     layers = [m for m in checkpoint.matrices.values() if m.stored.scheme or m.cut or m.name in told.sqnr]
@@ -108,6 +110,7 @@ def verify_checkpoint(
                 progress(name)
     problems = [f"{c.name}: {c.problem}" for c in checks if c.problem is not None]
     problems += [f"{name}: it is missing" for name in _missing(checkpoint, origin, told)]
+    problems += [str(error) for error in misfits(checkpoint)]
     return Verification(
         name=checkpoint.source.name,
         against=source.source.name if source else None,
