@@ -84,7 +84,7 @@ def test_a_slab_at_a_time(mixture: str, wish: dict[str, Any], tmp_path: Path, mo
     slabs = roundel.quantize(bundled_model(), tmp_path / "a", format=f"gguf:{mixture}", **wish)
     monkeypatch.setattr("roundel.matrices.SLAB_BYTES", 64 << 10)  # some rows, or heads
     small = roundel.quantize(bundled_model(), tmp_path / "b", format=f"gguf:{mixture}", **wish)
-    monkeypatch.setattr("roundel.pipeline.goes_by_rows", lambda *_: False)
+    monkeypatch.setattr("roundel.standalone.goes_by_rows", lambda *_: False)
     whole = roundel.quantize(bundled_model(), tmp_path / "c", format=f"gguf:{mixture}", **wish)
     assert len({written(tmp_path / name)[0].read_bytes() for name in "abc"}) == 1
     for one, other in zip(whole.rows, small.rows, strict=True):
