@@ -11,31 +11,11 @@ from pathlib import Path
 import pytest
 
 from models.pico import build
+from peaks import SHAPE, run, where_peaks_are_told
 from roundel.data.bundled import bundled_model
 
-SHAPE = {
-    "hidden_size": 1024,
-    "intermediate_size": 2048,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-}
-PROGRAM = """
-import sys
-from roundel.cli.main import cli
-cli(sys.argv[1:], standalone_mode=False)
-status = open("/proc/self/status").read()
-print("peak", int(status.partition("VmHWM:")[2].split()[0]) * 1024)
-"""
 
-
-def run(*arguments: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=True
-    ).stdout
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc, which is Linux's")
+@where_peaks_are_told
 @pytest.mark.parametrize("scheme", ["W4A16", "W8A16"])
 def test_four_times_the_layers_take_the_same_memory(scheme: str, tmp_path: Path) -> None:
     peaks, planned = {}, {}
@@ -54,38 +34,7 @@ def test_four_times_the_layers_take_the_same_memory(scheme: str, tmp_path: Path)
         assert abs(planned[layers] - peak) < 0.25 * peak, (planned, peaks)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc, which is Linux's")
-@pytest.mark.parametrize("chain", ["gptq", "awq,signround --iters 1 --n-grid 1"])
-def test_calibrated_blocks_take_the_same_memory_however_many_there_are(chain: str, tmp_path: Path) -> None:
-    """Eight layers hold 226 MB more than two, in float32."""
-    data = tmp_path / "tokens.jsonl"
-    data.write_text("".join(json.dumps({"input_ids": [i % 50 for i in range(k, k + 16)]}) + "\n" for k in range(2)))
-    peaks = {}
-    for layers in (2, 2, 8):  # the first run compiles kernels, where nobody has
-        model = build("llama", tmp_path / f"m{layers}", num_hidden_layers=layers, **SHAPE)
-        options = ("--algorithm", *chain.split(), "--dataset", str(data), "--nsamples", "2", "--seqlen", "16")
-        out = str(tmp_path / f"o{layers}")
-        peaks[layers] = int(run("quantize", str(model), out, "--offload", "disk", "--overwrite", *options).split()[-1])
-    told = run("plan", str(tmp_path / "m8"), "--no-probe", "--json", *options)
-    planned = json.loads(told.rpartition("peak")[0])["peak_memory_bytes"]
-    assert abs(planned - peaks[8]) < 0.25 * peaks[8], (planned, peaks)
-    assert peaks[8] - peaks[2] < 80e6, peaks  # memory is handed out in pieces, some tens of MB more or less
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc, which is Linux's")
-def test_measuring_four_times_the_layers_takes_the_same_memory(tmp_path: Path) -> None:
-    text, peaks = tmp_path / "ids.jsonl", {}
-    text.write_text(json.dumps({"input_ids": [n % 251 for n in range(1024)]}))
-    for layers in (4, 16):
-        model = build("llama", tmp_path / f"m{layers}", num_hidden_layers=layers, **SHAPE)
-        run("quantize", str(model), str(tmp_path / f"o{layers}"), "--workers", "2")
-        options = ("--ppl", str(text), "--window", "128", "--kl-against", str(model))
-        run("eval", str(tmp_path / f"o{layers}"), *options)  # compiles kernels, where nobody has
-        peaks[layers] = int(run("eval", str(tmp_path / f"o{layers}"), *options).split()[-1])
-    assert peaks[16] < 1.1 * peaks[4], peaks
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc, which is Linux's")
+@where_peaks_are_told
 @pytest.mark.parametrize("mixture", ["q8_0", "f16"])
 def test_a_large_embedding_goes_through_in_slabs(mixture: str, tmp_path: Path) -> None:
     """It has 48 million weights, 193 MB in float32."""
