@@ -169,6 +169,8 @@ def test_autoround_settles_by_what_all_layers_are() -> None:
     assert packing("FP8_STATIC") == "auto_round:fp8_static"
     assert packing("FP8_BLOCK") == "auto_round:fp8"
     assert packing("FPW8A16") == ""  # auto-round names none
+    with pytest.raises(SourceError, match="packing '' is not read"):
+        reader_of({"quantization_config": {"quant_method": "auto-round", "packing_format": "", "bits": 4}})
     with pytest.raises(PlanError, match="not several"):
         packing("MXFP4", "W4A16")
 

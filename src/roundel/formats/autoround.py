@@ -161,12 +161,12 @@ class AutoRound(Format):
     def recognize(self, quantization: Mapping[str, object]) -> Format | None:
         if quantization.get("quant_method") not in ("auto-round", "intel/auto-round"):
             return None
-        floats = _kind(quantization) == "fp"
-        packing = str(quantization.get("packing_format", UNNAMED if floats else "auto_round:gptq"))
+        unnamed = "packing_format" not in quantization and _kind(quantization) == "fp"
+        packing = UNNAMED if unnamed else str(quantization.get("packing_format", "auto_round:gptq"))
         if packing == MLX_PACKING:
             return None
         known = (*LAYOUTS, FLOAT_PACKING, STATIC_PACKING, BLOCK_PACKING)
-        if packing not in (*known, UNNAMED):
+        if not unnamed and packing not in known:
             raise SourceError(f"AutoRound packing {packing!r} is not read. Read are {', '.join(known)}.")
         turned = next((key for key in ("rotation_config", "spinquant_config") if quantization.get(key)), None)
         if turned is not None:
