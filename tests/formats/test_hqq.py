@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,6 +138,8 @@ def test_float_zero_points_are_rounded_to_and_written(bits: int, algorithm: str,
     model, out = build("llama", tmp_path / "model"), tmp_path / "out"
     report = roundel.quantize(model, out, scheme=f"W{bits}A16G32_HQQ", algorithm=algorithm, format="hqq,fake")
     assert verify(out / "hqq", model).passed
+    told = json.loads((out / "hqq" / "config.json").read_text())["quantization_config"]["quant_config"]
+    assert told["weight_quant_params"]["round_zero"] is False
     checkpoint, fake = open_checkpoint(out / "hqq"), open_checkpoint(out / "fake")
     for name, layer in checkpoint.layers.items():
         found = checkpoint.unpack(layer)

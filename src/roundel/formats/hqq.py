@@ -191,7 +191,7 @@ class Hqq(Format):
 
 def _params(scheme: Scheme) -> dict[str, object]:
     return {"nbits": scheme.bits, "channel_wise": True, "group_size": scheme.group_size, "optimize": True,
-            "round_zero": True, "axis": 1, "view_as_float": False}  # fmt: skip
+            "round_zero": scheme.weight.zero == "code", "axis": 1, "view_as_float": False}  # fmt: skip
 
 
 def _told(layer: Layer) -> dict[str, int | bool | str]:
