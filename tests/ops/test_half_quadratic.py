@@ -232,6 +232,11 @@ def test_how_weights_lie_in_memory_changes_nothing(monkeypatch: pytest.MonkeyPat
         assert torch.equal(again.zero, found.tensor.zero)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0)])
+def test_a_matrix_without_weights_is_rounded_too(shape: tuple[int, int]) -> None:
+    assert encode(torch.zeros(shape), FLOATS["W4A16_HQQ"]).shape == shape
+
+
 def test_reference_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     from roundel.ops import half_quadratic as module
 

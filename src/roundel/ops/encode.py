@@ -42,7 +42,9 @@ def encode(weight: Tensor, grid: Grid, reach: float | None = None) -> QuantizedT
 
     if grid.has_float_zeros:  # no kernel: rows at a time, so that few are held as float32
         rows = max(1, SLAB // max(1, weight.shape[1]))
-        return below_each_other([encode_reference(weight[at : at + rows], grid) for at in range(0, len(weight), rows)])
+        return below_each_other(
+            [encode_reference(weight[at : at + rows], grid) for at in range(0, max(1, len(weight)), rows)]
+        )
     if use_kernels() and weight.device.type == "cpu" and weight.dtype != torch.float64:
         from roundel.ops.numba.tensors import encode_tensor
 
