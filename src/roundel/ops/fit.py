@@ -94,7 +94,7 @@ def fit_float_zero(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scales and zero points that are no codes, both float16: `fit_asymmetric`'s range with zero = -min / scale.
 
     One bit has the mean and, on each side of it, the mean distance from it (Rastegari et al. 2016, arXiv:1603.05279,
-    equation 6, about the mean): of a range's two ends most weights are far.
+    equation 6, about the mean): of a range's two ends most weights are far. What fills a short last group counts there.
     """
     smallest = torch.tensor(SMALLEST_SCALE, dtype=torch.float16).item()
     if bits == 1:

@@ -157,7 +157,7 @@ def _solved_floats(
         codes = codes.clamp(grid.element.lo, grid.element.hi) * present
         rest = (weight - (codes - middle[..., None]) * step[..., None]) * present
         size = rest.abs()
-        error = (size.pow(how.norm) * present).sum(-1)
+        error = size.pow(how.norm).sum(-1)
         better = error < BETTER * least
         least = torch.where(better, error, least)
         kept_step, kept_middle = torch.where(better, step, kept_step), torch.where(better, middle, kept_middle)

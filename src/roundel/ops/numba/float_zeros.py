@@ -19,6 +19,7 @@ from roundel.ops.numba.half_quadratic import (
     ONE,
     ZERO,
     norm_of,
+    scratch,
     share_slabs,
     shrunk_sums,
 )
@@ -109,13 +110,7 @@ def solve_blocks(stored, group, bits, iterations, constants, codes, scales, zero
     """
     rows, width = stored.shape
     norm, beta0, kappa, untouched = constants[0], constants[1], constants[2], constants[3]
-    one_bits = np.empty(1, dtype=np.uint32)
-    one_float = one_bits.view(np.float32)
-    whole = np.empty(group, dtype=np.float32)
-    rest = np.empty(group, dtype=np.float32)
-    size = np.empty(group, dtype=np.float32)
-    size_bits = size.view(np.int32)
-    exponent = np.empty(group, dtype=np.float32)
+    one_bits, one_float, whole, rest, size, size_bits, exponent = scratch(group)
     largest = np.float32((1 << bits) - 1)
     for row in range(rows):
         for block in range((width + group - 1) // group):

@@ -33,6 +33,7 @@ __all__ = [
     "ZERO",
     "norm_of",
     "power",
+    "scratch",
     "share_slabs",
     "shrunk_sums",
     "solve_tensor",
@@ -155,6 +156,18 @@ def _stored_error(weight, scale, shift, low, high, size, bits, exponent, norm): 
 
 
 @jit
+def scratch(group):  # type: ignore[no-untyped-def]
+    """What solving a block needs: one number as bits and as a float, codes, rests, sizes as floats and as bits, and
+    `norm_of`'s exponents."""
+    one = np.empty(1, dtype=np.uint32)
+    size = np.empty(group, dtype=np.float32)
+    whole = np.empty(group, dtype=np.float32)
+    rest = np.empty(group, dtype=np.float32)
+    exponent = np.empty(group, dtype=np.float32)
+    return one, one.view(np.float32), whole, rest, size, size.view(np.int32), exponent
+
+
+@jit
 def shrunk_sums(size, rest, whole, n, norm, beta):  # type: ignore[no-untyped-def]
     """Of n errors as they are shrunk: their sum, and that of their products by the codes."""
     total = ZERO
@@ -189,13 +202,7 @@ def solve_blocks(  # type: ignore[no-untyped-def]
     """
     rows, width = stored.shape
     norm, beta0, kappa, untouched = constants[0], constants[1], constants[2], constants[3]
-    one_bits = np.empty(1, dtype=np.uint32)
-    one_float = one_bits.view(np.float32)
-    whole = np.empty(group, dtype=np.float32)
-    rest = np.empty(group, dtype=np.float32)
-    size = np.empty(group, dtype=np.float32)
-    size_bits = size.view(np.int32)
-    exponent = np.empty(group, dtype=np.float32)
+    one_bits, one_float, whole, rest, size, size_bits, exponent = scratch(group)
     largest = np.float32((1 << bits) - 1)
     half = np.float32(1 << (bits - 1))
     lowest = np.float32(lowest_zero)
