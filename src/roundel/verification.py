@@ -93,7 +93,7 @@ def verify_checkpoint(
     checkpoint: Checkpoint, source: Checkpoint | None, progress: Callable[[str], None] | None = None
 ) -> Verification:
     """`verify` for opened checkpoints, holding one layer at a time."""
-    from roundel.calibration.agreement import misfits
+    from roundel.calibration.agreement import misfits_of
 
     told, origin = _told(checkpoint), _Origin(checkpoint, source) if source is not None else None
     checks: list[Check] = []
@@ -110,7 +110,7 @@ def verify_checkpoint(
                 progress(name)
     problems = [f"{c.name}: {c.problem}" for c in checks if c.problem is not None]
     problems += [f"{name}: it is missing" for name in _missing(checkpoint, origin, told)]
-    problems += [str(error) for error in misfits(checkpoint)]
+    problems += [str(error) for error in misfits_of(checkpoint)]
     return Verification(
         name=checkpoint.source.name,
         against=source.source.name if source else None,

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from roundel.calibration.architecture import DATA_FREE, empty_model, fill_buffers, misfit
+from roundel.calibration.agreement import misfits, shapes_of
+from roundel.calibration.architecture import DATA_FREE, empty_model, fill_buffers
 from roundel.calibration.block import Block, Weights
 from roundel.calibration.experts import unfuse
 from roundel.calibration.late import stand_ins
@@ -63,9 +64,7 @@ class Skeleton:
         spelling = spelling_of(self._model, tensors)
         fill_buffers(self._model, spelling.tensors, device)
         unfuse(self._model, spelling.experts)
-        parameters = self._model.named_parameters()
-        named = {spelling.tensors[name]: tuple(value.shape) for name, value in parameters if name in spelling.tensors}
-        self._shapes: Mapping[str, tuple[int, ...]] = named  # of the checkpoint's tensors, as the model has them
+        self._shapes = shapes_of(self._model, spelling)
         stored, path = self._find_blocks(family, spelling)
         self._recorders = self._take_out(path)
         self._zeros = zeros_of(self._model, device)
@@ -92,9 +91,8 @@ class Skeleton:
             device=device,
             trust_remote_code=trust_remote_code,
         )
-        for name, wanted in made._shapes.items():
-            if checkpoint.shape(name) != wanted:
-                raise misfit(name, checkpoint.shape(name), wanted)
+        for error in misfits(made._shapes, checkpoint):
+            raise error
         return made
 
     def enter(self, tokens: Tensor, weights: Weights) -> Tensor:
