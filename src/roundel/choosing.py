@@ -135,7 +135,7 @@ def _inexact(reason: str, layers: Sequence[Layer], format: Format, own: bool) ->
     if not own and format.name in possible:
         remedy = "Leave --scheme out, or pass"
     elif holding:
-        remedy = f"Convert to {' or '.join(filter(None, (', '.join(holding[:-1]), *holding[-1:])))}, or pass"
+        remedy = f"Convert to {_listed(holding)}, or pass"
     first = layers[0]
     stored = first.stored.scheme
     assert stored is not None

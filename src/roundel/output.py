@@ -84,11 +84,10 @@ def prepare(out: Path, plan: Plan, source_folder: Path | None, overwrite: bool) 
     folders = _folders(out, plan)
     if source_folder is not None:
         _check_apart(folders, source_folder)
+    check_place(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         found = {path.name for path in out.iterdir()}
-    except FileExistsError as error:
-        raise OutputError(f"{out} is a file. Choose a folder.") from error
     except OSError as error:
         raise OutputError(f"{out} cannot be made: {error.strerror}. Choose a folder you may write to.") from error
     if not overwrite and JOURNAL not in found and not found <= {_JOURNAL_NEW}:
