@@ -64,7 +64,7 @@ def convert(
     from roundel.api import conversion_recipe, downloads, quantize_checkpoint, remove_downloads
     from roundel.checkpoint import open_checkpoint
     from roundel.cli.plan import plan_as_dict
-    from roundel.cli.quantize import Bar, default_folder
+    from roundel.cli.quantize import LayersBar, default_folder
     from roundel.cli.show import console, print_plan, print_report
     from roundel.output import is_complete
     from roundel.pipeline import default_workers
@@ -86,7 +86,7 @@ def convert(
                 console.print(
                     f"{escape(plan.source_name)} to {recipe.formats[0]}: {plan.extent}, into {escape(str(folder))}"
                 )
-            with Bar(sum(layer.parameters for layer in plan.layers), len(plan.layers)) as bar:
+            with LayersBar(sum(layer.parameters for layer in plan.layers), len(plan.layers)) as bar:
                 report = quantize_checkpoint(
                     checkpoint,
                     folder,

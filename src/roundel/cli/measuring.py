@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from roundel.cli.blockwise import BLOCKWISE
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -32,18 +34,11 @@ _OPTIONS = (
     click.option("--stride", type=int, metavar="TOKENS", help="How far apart windows begin. [default: no overlap]"),
     click.option("--limit", type=int, metavar="N", help="Windows at most; with --tasks, questions of each task."),
     click.option("--tokenizer", type=click.Path(path_type=Path, exists=True), help="A folder; else the model's own."),
-    click.option(
-        "--offload",
-        type=click.Choice(["auto", "ram", "disk"]),
-        default="auto",
-        show_default=True,
-        help="Where states lie between blocks.",
-    ),
     click.option("--device", default="cpu", show_default=True, help="Where models are run: cpu, cuda, cuda:1."),
     click.option(
         "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the numbers to this file."
     ),
-    click.option("--trust-remote-code", is_flag=True, help="Let code that ships inside a checkpoint run."),
+    *BLOCKWISE,
 )
 
 

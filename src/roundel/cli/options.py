@@ -11,6 +11,7 @@ import click
 
 from roundel.algorithms import SignRound
 from roundel.chain import Option, known_options
+from roundel.cli.blockwise import BLOCKWISE
 from roundel.errors import RecipeError, nearest
 from roundel.recipe import RECIPES, TOGETHER, Recipe, parse_layer_config
 
@@ -94,14 +95,7 @@ _OPTIONS = (
         type=click.IntRange(min=1),
         help="Layers rounded side by side. [default: as cores and memory allow]",
     ),
-    click.option(
-        "--offload",
-        type=click.Choice(["auto", "ram", "disk"]),
-        default="auto",
-        show_default=True,
-        help="Where activations lie between blocks.",
-    ),
-    click.option("--trust-remote-code", is_flag=True, help="Let code that ships inside the checkpoint run."),
+    *BLOCKWISE,
 )
 
 

@@ -11,7 +11,7 @@ import click
 from roundel.cli.options import recipe_from, recipe_options
 from roundel.memory import peak_memory
 
-__all__ = ["Bar", "default_folder", "quantize"]
+__all__ = ["LayersBar", "default_folder", "quantize"]
 
 
 @click.command(short_help="Round a model's weights and write a checkpoint.")
@@ -79,7 +79,7 @@ def quantize(
     checkpoint = open_checkpoint(model, revision, work)
     try:
         plan = build_plan(checkpoint, recipe)
-        calibration, bar = None, Bar(sum(layer.parameters for layer in plan.layers), len(plan.layers))
+        calibration, bar = None, LayersBar(sum(layer.parameters for layer in plan.layers), len(plan.layers))
         if recipe.reads_activations:
             calibration = calibration_of(
                 checkpoint,
@@ -118,41 +118,25 @@ def default_folder(model: str, scheme: str) -> Path:
     return Path(f"{name}-{scheme.upper()}")
 
 
-class Bar:
+class LayersBar:
     """A bar over weights, with the time left, the most memory that was held, and the layer or block at hand.
 
     tokens   of calibration data; each goes through every block
     """
 
     def __init__(self, weights: int, layers: int) -> None:
-        from rich.progress import (
-            BarColumn,
-            Progress,
-            TaskProgressColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import TextColumn, TimeElapsedColumn
 
-        from roundel.cli.show import console
+        from roundel.cli.show import console, progress
 
-        self._progress = Progress(
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[layers]}/" + str(layers) + " layers"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[memory]}"),
-            TextColumn("{task.description}", markup=False),
-            console=console,
-            transient=True,
-        )
+        counted = TextColumn("{task.fields[layers]}/" + str(layers) + " layers")
+        held = TextColumn("{task.fields[memory]}")
+        self._progress = progress(console, before=(counted, TimeElapsedColumn()), after=(held,))
         self._task = self._progress.add_task("", total=weights, layers=0, memory="")
         self._layers, self._done, self._largest = 0, 0, 0
         self.tokens, self._since = 0, time.perf_counter()
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> LayersBar:
         self._progress.start()
         return self
 

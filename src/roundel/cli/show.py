@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from roundel.card import size
@@ -15,10 +16,29 @@ from roundel.planning import Plan
 from roundel.planning.room import expected_peak, unit_memory
 from roundel.report import Report
 
-__all__ = ["Bar", "console", "decibel", "duration", "folded", "print_plan", "print_report", "table"]
+__all__ = ["Bar", "console", "decibel", "duration", "folded", "print_plan", "print_report", "progress", "table"]
 
 console = Console(highlight=False, soft_wrap=False)
 NAMED = 3  # layers that fell back, named by the report of a run
+
+
+def progress(where: Console, before: Sequence[ProgressColumn] = (), after: Sequence[ProgressColumn] = ()) -> Progress:
+    """A bar with the time left, on terminals alone.
+
+    before, after   columns that stand before the time left, and between it and what is at hand
+    """
+    return Progress(
+        BarColumn(),
+        TaskProgressColumn(),
+        *before,
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        *after,
+        TextColumn("{task.description}", markup=False),
+        console=where,
+        disable=not where.is_interactive,
+        transient=True,
+    )
 
 
 class Bar:
@@ -26,18 +46,7 @@ class Bar:
 
     def __init__(self, where: Console | None = None) -> None:
         """where: None for the output"""
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-        self._progress = Progress(
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}", markup=False),
-            console=where or console,
-            disable=not (where or console).is_interactive,
-            transient=True,
-        )
+        self._progress = progress(where or console)
         self._task = self._progress.add_task("", total=1.0)
 
     def __enter__(self) -> Bar:
