@@ -123,7 +123,7 @@ def duels(iters: int) -> tuple[Duel, ...]:
                     Peer(**{**vars(plain), "grids": ("asym",)}),
                 ),
             )
-            for options in (("--imatrix",), ("--imatrix", "--unbiased"))
+            for options in (("--imatrix",), ("--imatrix", "--unbiased", "1"))
         ),
         Duel(
             algorithm="signround",

@@ -79,7 +79,7 @@ def test_outputs_on_other_inputs_err_less(scheme: str) -> None:
 @pytest.mark.parametrize("scheme", ["W2A16G32", "W2A16G32_ASYM", "W3A16G-1", "W4A16G48"])
 def test_unbiased_scales_keep_weights_as_long_as_they_are(scheme: str, imatrix: bool) -> None:
     unit = make_unit(scheme, samples=6)
-    widened, found = (OptRtn(imatrix=imatrix, unbiased=u).quantize(unit) for u in (True, False))
+    widened, found = (OptRtn(imatrix=imatrix, unbiased=u).quantize(unit) for u in (1.0, 0.0))
     inputs = entering(unit)
     for layer in unit.layers:
         ours, before = widened[layer.name], found[layer.name]
@@ -92,10 +92,47 @@ def test_unbiased_scales_keep_weights_as_long_as_they_are(scheme: str, imatrix: 
         assert torch.equal(ours.tensor.codes, before.tensor.codes)
         assert torch.allclose(met, length, rtol=2e-3)
         assert float((short / length).mean()) < 0.998
-        assert before.error < ours.error < ours.baseline  # plain rounding's, widened alike
+        assert before.error < ours.error
         assert ours.error == pytest.approx(
             float(((ours.tensor.decode().double() - weight).square() * counted).sum()), rel=1e-4
         )
+
+
+@pytest.mark.parametrize("imatrix", [False, True])
+def test_scales_of_2_bits_are_widened_by_a_quarter_unless_another_share_is_asked_for(imatrix: bool) -> None:
+    unit = make_unit("W2A16G32", samples=6)
+    least, asked, found, whole = (
+        OptRtn(imatrix=imatrix, unbiased=share).quantize(unit) for share in (0.0, 0.25, None, 1.0)
+    )
+    for name, ours in found.items():
+        assert torch.equal(ours.tensor.decode(), asked[name].tensor.decode())
+        costs, all_costs = (each[name].error / least[name].error - 1 for each in (found, whole))
+        assert 0 < costs < 0.02
+        assert costs == pytest.approx(all_costs / 16, rel=0.05)  # the square of the share
+        assert ours.error < ours.baseline == least[name].baseline
+
+
+def test_a_quarter_is_not_taken_where_plain_rounding_is_better() -> None:
+    """Weights that lie on the grid but for one: the search cannot beat plain rounding by what widening costs."""
+    weight = torch.tensor([-2.0, -1.0, 0.0, 1.0]).repeat(8)[None].clone()
+    weight[0, 0] = -2.001
+    grid = Scheme.parse("W2A16G32").weight
+    found, least, asked = (OptRtn(unbiased=share).search(weight, grid) for share in (None, 0.0, 1.0))
+    assert torch.equal(found.tensor.decode(), least.tensor.decode())
+    assert found.error == least.error <= least.baseline
+    assert asked.error >= least.error
+
+
+def test_at_3_bits_the_least_error_stands() -> None:
+    unit = make_unit("W3A16G32", samples=6)
+    found, least = OptRtn().quantize(unit), OptRtn(unbiased=0.0).quantize(unit)
+    assert all(torch.equal(found[name].tensor.decode(), least[name].tensor.decode()) for name in found)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_is_0_to_1(share: float) -> None:
+    with pytest.raises(RecipeError, match="0 to 1"):
+        OptRtn(unbiased=share)
 
 
 def test_mean_squares_are_of_the_quantized_stream() -> None:

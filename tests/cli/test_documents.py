@@ -107,7 +107,7 @@ def test_resume_md_says_how_often_is_flushed() -> None:
         },
         {"algorithm": "awq,gptq", "options": {"duo_scaling": False, "act_order": True, "true_sequential": False}},
         {"algorithm": "awq", "options": {"duo_scaling": "both", "n_grid": 7}, "seqlen": 64, "batch_size": 2, "seed": 1},
-        {"algorithm": "opt-rtn", "options": {"imatrix": True, "unbiased": True}, "activation_dtype": "bfloat16"},
+        {"algorithm": "opt-rtn", "options": {"imatrix": True, "unbiased": 1.0}, "activation_dtype": "bfloat16"},
         {"algorithm": "opt-rtn", "options": {"imatrix": "some where.gguf"}},
         {"algorithm": "signround", "options": {"lr": 0.005, "iters": 50}, "calibrate_all_experts": True},
     ],

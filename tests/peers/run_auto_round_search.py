@@ -13,6 +13,7 @@ from auto_round.data_type import QUANT_FUNC_WITH_DTYPE
 from safetensors.torch import load_file, save_file
 
 JOBS = {
+    "W2A16G32": ("opt_rtn_int_sym", {"bits": 2, "group_size": 32}),
     **{f"W{bits}A16G64": ("opt_rtn_int_sym", {"bits": bits, "group_size": 64}) for bits in (2, 3, 4, 5)},
     "MXFP4": ("opt_rtn_mx_fp", {"bits": 4, "group_size": 32, "data_type": "mx_fp4"}),
     "MXFP8": ("opt_rtn_mx_fp", {"bits": 8, "group_size": 32, "data_type": "mx_fp8"}),

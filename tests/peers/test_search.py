@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from roundel.algorithms.opt_rtn import OptRtn
 from roundel.data.bundled import bundled_model
-from roundel.ops.search import search
 from roundel.scheme import ELEMENTS, Grid, Scheme
 
 HERE = Path(__file__).parent
 PEERS = Path(os.environ.get("ROUNDEL_PEERS", HERE.parents[1] / ".peers"))
 PYTHON = PEERS / "auto-round" / "bin" / "python"
 NVFP4 = Grid(element=ELEMENTS["e2m1"], block=(1, 16), scale=Grid(element=ELEMENTS["e4m3"], block=(0, 0), scale="F32"))
-JOBS = ("W2A16G64", "W3A16G64", "W4A16G64", "W5A16G64", "MXFP4", "MXFP8", "NVFP4")
+JOBS = ("W2A16G32", "W2A16G64", "W3A16G64", "W4A16G64", "W5A16G64", "MXFP4", "MXFP8", "NVFP4")
 
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason=f"auto-round is not installed: no {PYTHON}")
 
@@ -66,7 +66,7 @@ def test_at_most_its_error(job: str, matrices: dict[str, Tensor], theirs: dict[s
         weight, importance = matrices[name], matrices.get(f"{name}.imatrix")
         counted = 1.0 if importance is None else importance.double()
         their_error = float(((theirs[f"{name}/{job}"].double() - weight.double()).square() * counted).sum())
-        ours = search(weight, grid, importance)
+        ours = OptRtn().search(weight, grid, importance)
         gained.append(ours.error / their_error)
         if ours.error > their_error * (1 + 1e-6):
             worse.append((name, ours.error, their_error))

@@ -6,8 +6,9 @@ layer to layer where errors by chance do not. With the scale times
 
     sum i w^2 / sum i w decoded
 
-they do not shrink, in the mean; each weight's squared error grows by a share of itself. It is the scale of EDEN
-(Vargaftik et al. 2022, arXiv:2108.08842, section 3), for each block, i the importance of a weight.
+they do not shrink, in the mean. It is the scale of EDEN (Vargaftik et al. 2022, arXiv:2108.08842, section 3), for each
+block, i the importance of a weight. Where the squared error is a share e of the decoded weights' squares, it grows by e
+of itself; a part of the way costs the square of that part of it, while outputs grow by the part itself.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ LARGEST = 2.0  # by more, a scale was not one of least squares
 SLAB = 1 << 20  # weights compared at a time
 
 
-def unbiased(weight: Tensor, found: QuantizedTensor, importance: Tensor | None = None) -> QuantizedTensor:
+def unbiased(
+    weight: Tensor, found: QuantizedTensor, importance: Tensor | None = None, share: float = 1.0
+) -> QuantizedTensor:
     """The same codes and zero points under other float16 scales.
 
     weight       [out, in], any float dtype
     found        integers under float16 scales
     importance   [in], at least 0; None: all alike. A block with none at all keeps its scale
+    share        how much of the way scales go: 0 leaves them, 1 makes the weights as long as they are
     """
     columns = found.grid.block_of(found.shape)[1]
     scale, decoded = plain(found.scale), decode(found)
@@ -47,5 +51,5 @@ def unbiased(weight: Tensor, found: QuantizedTensor, importance: Tensor | None =
             grouped(weighed * other, columns).sum(-1) for other in (exact, decoded[start : start + rows].double())
         )
         factors.append(torch.where((length > 0) & (met > 0), length / met, 1.0).clamp(max=LARGEST))
-    widened = (scale.double() * torch.cat(factors)).to(torch.float16)
+    widened = (scale.double() * (1 + share * (torch.cat(factors) - 1))).to(torch.float16)
     return replace(found, scale=torch.where(torch.isfinite(widened), widened, scale.to(torch.float16)))
