@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -160,6 +161,15 @@ def test_layers_handed_the_same_tensor_share_one_hessian() -> None:
     torch.testing.assert_close(found[frozenset("qkv")].total, x.T @ x / 256)
     torch.testing.assert_close(found[frozenset("o")].total, y.T @ y / 256)
     assert [h.tokens for h in found.values()] == [256, 256]
+
+
+def test_a_hessian_that_was_handed_over_is_gone_with_its_last_user() -> None:
+    collector = Collector(1 << 30)
+    for name in ("q", "o"):
+        collector.see(name, inputs())
+    totals = [weakref.ref(hessian.total) for hessian in collector.finish()]
+    assert len(totals) == 2
+    assert all(total() is None for total in totals)
 
 
 def test_sharing_ends_where_inputs_differ() -> None:

@@ -8,7 +8,7 @@ common Hessian becomes two.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -61,15 +61,17 @@ class Collector:
         self.inputs.setdefault(name, self._number)
         self._seeing.add(name)
 
-    def finish(self) -> list[Hessian]:
-        """The Hessians, whole and divided by their tokens: means over tokens."""
+    def finish(self) -> Iterator[Hessian]:
+        """The Hessians, whole and divided by their tokens: means over tokens. What was handed over is not held."""
         from roundel.ops.hessian import mirror
 
         self._add()
-        for hessian in self.hessians:
+        self._home.clear()
+        while self.hessians:
+            hessian = self.hessians.pop(0)
             mirror(hessian.total)
             hessian.total /= max(1, hessian.tokens)
-        return self.hessians
+            yield hessian
 
     def _add(self) -> None:
         """Add the last tensor to the Hessian, or Hessians, of the layers that saw it."""
