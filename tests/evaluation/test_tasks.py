@@ -9,9 +9,11 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +25,7 @@ from roundel.api import quantize
 from roundel.data.bundled import bundled_model, bundled_text
 from roundel.errors import RecipeError
 from roundel.evaluation.means import Mean
-from roundel.evaluation.tasks import Score, TaskRun, differences, run_tasks, vllm_arguments
+from roundel.evaluation.tasks import TaskRun, _scores, differences, run_tasks, vllm_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = Path(os.environ.get("ROUNDEL_PEERS", ROOT / ".peers")) / "lmeval" / "bin" / "python"
@@ -103,6 +105,7 @@ def test_tasks_beside_the_source(tasks: Path, tmp_path: Path) -> None:
     assert 1.0 < old < new < 3.0
     changes = {(d["task"], d["metric"]): d for d in after["differences"]}
     assert changes["own_texts", "bits_per_byte"]["value"] == pytest.approx(new - old)
+    assert 0 < changes["own_texts", "bits_per_byte"]["standard_error"] < 0.2
     assert changes["own_choices", "acc"]["standard_error"] is not None
 
 
@@ -168,13 +171,52 @@ def test_vllm_s_absence_names_the_command() -> None:
     assert done.code == 2 and "pip install 'lm_eval[vllm]'" in done.error
 
 
-def test_differences_are_paired_by_question() -> None:
-    def run(values: tuple[float, ...]) -> list[TaskRun]:
-        mean = Mean(sum(values) / len(values), 0.2)
-        return [TaskRun(task="t", scores={"t": (Score(metric="acc", result=mean, values=values),)})]
+def told(metric: str, value: float, answers: Sequence[object]) -> list[TaskRun]:
+    """A run of one task, from what lm_eval says of it and logs of each question."""
+    samples = [{"filter": "none", metric: answer} for answer in answers]
+    scores = tuple(_scores({f"{metric},none": value, f"{metric}_stderr,none": "N/A"}, samples))
+    return [TaskRun(task="t", scores={"t": scores})]
 
+
+def test_differences_are_paired_by_question() -> None:
     before, after = (1.0, 0.0, 1.0, 1.0), (1.0, 0.0, 1.0, 0.0)
     changes = torch.tensor(after) - torch.tensor(before)
-    found = differences(run(before), run(after))["t", "acc"]
+    found = differences(told("acc", 0.75, before), told("acc", 0.5, after))["t", "acc"]
     assert found.value == -0.25
     assert found.error == pytest.approx(float(changes.std()) / 2)
+
+
+TEXTS_READ = [(-300.0, 100), (-100.0, 40), (-500.0, 180), (-20.0, 9)]  # log likelihoods, bytes
+
+
+@pytest.mark.parametrize(
+    ("metric", "link"),
+    [("bits_per_byte", lambda mean: -mean / math.log(2)), ("byte_perplexity", lambda mean: math.exp(-mean))],
+)
+def test_likelihoods_of_texts_have_errors_too(metric: str, link: Callable[[float], float]) -> None:
+    """Held to the jackknife: what the metric is without each of the texts."""
+
+    def metric_of(texts: Sequence[tuple[float, int]]) -> float:
+        return link(sum(t[0] for t in texts) / sum(t[1] for t in texts))
+
+    def jackknife(numbers: Sequence[float]) -> float:
+        count, mean = len(numbers), sum(numbers) / len(numbers)
+        return math.sqrt((count - 1) / count * sum((n - mean) ** 2 for n in numbers))
+
+    many = [(a * (1 + 0.01 * (i % 5)), b) for i in range(30) for a, b in TEXTS_READ]
+    worse = [(a * (1.1 + 0.002 * (i % 7)), b) for i, (a, b) in enumerate(many)]
+    runs = [told(metric, metric_of(texts), texts) for texts in (many, worse)]
+    without = [[metric_of(texts[:i] + texts[i + 1 :]) for i in range(len(texts))] for texts in (many, worse)]
+    (score,) = runs[0][0].scores["t"]
+    assert score.result.error == pytest.approx(jackknife(without[0]), rel=0.02)
+    found = differences(runs[0], runs[1])["t", metric]
+    assert found.value == pytest.approx(metric_of(worse) - metric_of(many))
+    paired = jackknife([new - old for old, new in zip(*without, strict=True)])
+    assert found.error == pytest.approx(paired, rel=0.02)
+    assert paired < jackknife(without[1]) / 1.5
+
+
+def test_a_metric_that_is_no_function_of_a_mean_has_no_error() -> None:
+    (score,) = told("f1", 0.4, [0.0, 1.0, 1.0])[0].scores["t"]
+    assert score.result == Mean(0.4, None)
+    assert score.moved == ()

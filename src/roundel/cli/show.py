@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 
@@ -18,7 +19,11 @@ from roundel.report import Report
 
 __all__ = ["Bar", "console", "decibel", "duration", "folded", "print_plan", "print_report", "progress", "table"]
 
+WIDE = 120  # columns where no terminal says how many there are
+
 console = Console(highlight=False, soft_wrap=False)
+if not console.is_terminal and "COLUMNS" not in os.environ:
+    console.width = WIDE
 NAMED = 3  # layers that fell back, named by the report of a run
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Mean", "mean_of", "percentile_of"]
+__all__ = ["Mean", "influences", "mean_of", "percentile_of", "standard_error"]
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,19 @@ def mean_of(windows: Sequence[Tensor]) -> Mean:
     """Of a number at each position, [positions] of each window."""
     sums = torch.stack([window.sum(dtype=torch.float64) for window in windows])
     counts = torch.tensor([len(window) for window in windows], dtype=torch.float64)
-    value, windows_seen = float(sums.sum() / counts.sum()), len(windows)
-    if windows_seen < 2 or not math.isfinite(value):
-        return Mean(value, None)
-    spread = float((sums - value * counts).square().sum()) * windows_seen / (windows_seen - 1)
-    return Mean(value, math.sqrt(spread) / float(counts.sum()))
+    value = float(sums.sum() / counts.sum())
+    return Mean(value, standard_error(influences(sums, counts)) if math.isfinite(value) else None)
+
+
+def influences(sums: Tensor, counts: Tensor) -> Tensor:
+    """By what each window moves sum(sums) / sum(counts), [windows] float64; 0 in sum."""
+    return (sums - sums.sum() / counts.sum() * counts) / counts.sum()
+
+
+def standard_error(moved: Tensor) -> float | None:
+    """Of what windows move by `moved` [windows]; None where there is one window only."""
+    count = len(moved)
+    return math.sqrt(float(moved.square().sum()) * count / (count - 1)) if count > 1 else None
 
 
 def percentile_of(windows: Sequence[Tensor], share: float) -> Mean:

@@ -8,25 +8,34 @@ results.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from roundel.api import check_device
 from roundel.calibration.quiet import quiet
 from roundel.calibration.tokenizer import load_tokenizer
 from roundel.checkpoint import open_checkpoint
 from roundel.errors import PlanError, RecipeError, nearest
-from roundel.evaluation.means import Mean, mean_of
+from roundel.evaluation.means import Mean, influences, standard_error
 from roundel.evaluation.models import decoded_model
 from roundel.memory import free_memory
 
 __all__ = ["Score", "TaskRun", "differences", "run_tasks", "vllm_arguments"]
 
+LINKS: tuple[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]], ...] = (
+    # metrics by a mean over questions, and their slopes: the mean, perplexity, bits
+    (lambda mean: mean, torch.ones_like),
+    (lambda mean: torch.exp(-mean), lambda mean: -torch.exp(-mean)),
+    (lambda mean: -mean / math.log(2), lambda mean: torch.full_like(mean, -1 / math.log(2))),
+)
 RUNTIMES = ("hf", "vllm")  # backends of lm-evaluation-harness
 
 
@@ -35,12 +44,12 @@ class Score:
     """One metric of one task.
 
     metric   its name; with the filter behind a comma where there is one ("exact_match,strict-match")
-    values   of each question, in order, where the metric is a mean of such; else empty
+    moved    by what each question moves the metric, in order, where it is a function of a mean over them; else empty
     """
 
     metric: str
     result: Mean
-    values: tuple[float, ...] = ()
+    moved: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,20 +95,33 @@ def run_tasks(
     check_device(device)
     if runtime == "vllm":
         _check_vllm(device)
-    manager, names = _known(tasks, include)
-    if runtime == "vllm":
-        model = _vllm(folder, tokenizer, batch, trust_remote_code)
-    else:
-        model = _model(folder, tokenizer, batch or 1, device)
-    found = []
-    for number, name in enumerate(names):
-        tick(number / len(names), f"{folder.name} {name}")
-        found.append(_run(model, name, manager, limit))
-    return found
+    with _warnings_off():
+        manager, names = _known(tasks, include)
+        if runtime == "vllm":
+            model = _vllm(folder, tokenizer, batch, trust_remote_code)
+        else:
+            model = _model(folder, tokenizer, batch or 1, device)
+        found = []
+        for number, name in enumerate(names):
+            tick(number / len(names), f"{folder.name} {name}")
+            found.append(_run(model, name, manager, limit))
+        return found
+
+
+@contextmanager
+def _warnings_off() -> Iterator[None]:
+    """lm_eval says errors alone: it warns of each default that a task leaves as it is."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def differences(before: Sequence[TaskRun], after: Sequence[TaskRun]) -> dict[tuple[str, str], Mean]:
-    """(task, metric) -> what it changed by, from one model to another; paired by question where values are known."""
+    """(task, metric) -> what it changed by, from one model to another; paired by question where these are known."""
     old = {(task, s.metric): s for run in before for task, scores in run.scores.items() for s in scores}
     found: dict[tuple[str, str], Mean] = {}
     for run in after:
@@ -108,11 +130,9 @@ def differences(before: Sequence[TaskRun], after: Sequence[TaskRun]) -> dict[tup
                 other = old.get((task, score.metric))
                 if other is None:
                     continue
-                if score.values and len(score.values) == len(other.values):
-                    pairs = zip(score.values, other.values, strict=True)
-                    found[task, score.metric] = mean_of([torch.tensor([new - was]).double() for new, was in pairs])
-                else:
-                    found[task, score.metric] = Mean(score.result.value - other.result.value, None)
+                paired = len(score.moved) == len(other.moved) > 0
+                error = standard_error(_doubles(score.moved) - _doubles(other.moved)) if paired else None
+                found[task, score.metric] = Mean(score.result.value - other.result.value, error)
     return found
 
 
@@ -214,17 +234,38 @@ def _scores(told: Mapping[str, object], samples: Sequence[Mapping[str, Any]]) ->
         if not isinstance(value, (int, float)) or metric.endswith("_stderr") or not filtered:
             continue
         error = told.get(f"{metric}_stderr,{filtered}")
-        values = [s.get(metric) for s in samples if s.get("filter", filtered) == filtered]
-        numbers = tuple(float(v) for v in values if isinstance(v, (int, float)))
-        is_mean = len(numbers) == len(values) > 0 and math.isclose(sum(numbers) / len(numbers), value, abs_tol=1e-6)
+        moved = _moved(value, [s.get(metric) for s in samples if s.get("filter", filtered) == filtered])
+        if not isinstance(error, (int, float)):
+            error = standard_error(_doubles(moved)) if moved else None
         found.append(
             Score(
                 metric=metric if filtered == "none" else key,
-                result=Mean(float(value), float(error) if isinstance(error, (int, float)) else None),
-                values=numbers if is_mean else (),
+                result=Mean(float(value), None if error is None else float(error)),
+                moved=moved,
             )
         )
     return found
+
+
+def _moved(value: float, answers: Sequence[object]) -> tuple[float, ...]:
+    """By what each question moves a metric, to first order; nothing where the metric is none of LINKS.
+
+    answers   of each question: a number, or (amount, weight); lm_eval has the log likelihood of a text, and its words
+              or bytes
+    """
+    pairs = [answer if isinstance(answer, (tuple, list)) else (answer, 1.0) for answer in answers]
+    if not pairs or not all(len(p) == 2 and all(isinstance(n, (int, float)) for n in p) for p in pairs):
+        return ()
+    sums, weights = _doubles(pairs).T
+    mean = sums.sum() / weights.sum()
+    for link, slope in LINKS:
+        if math.isclose(float(link(mean)), value, rel_tol=1e-6, abs_tol=1e-6):
+            return tuple((influences(sums, weights) * slope(mean)).tolist())
+    return ()
+
+
+def _doubles(numbers: Sequence[object]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
 def _failures() -> tuple[type[Exception], ...]:
