@@ -66,18 +66,22 @@ class Checkpoint:
         embedding = self.matrices[self.family.embedding.removesuffix(".weight")]
         return replace(embedding, name=self.family.head, reason=None, role="head")
 
-    def read(self, layer: Layer) -> dict[str, Tensor]:
-        """The stored parts of a layer as tensors: {part name: tensor}."""
-        return {name: self.read_piece(piece) for name, piece in layer.stored.parts.items()}
+    def read(self, layer: Layer, mapped: bool = False) -> dict[str, Tensor]:
+        """The stored parts of a layer as tensors: {part name: tensor}. mapped: as of `read_piece`."""
+        return {name: self.read_piece(piece, mapped) for name, piece in layer.stored.parts.items()}
 
-    def read_piece(self, piece: Piece) -> Tensor:
-        """A part of a tensor, as a torch tensor of the dtype it is stored in."""
+    def read_piece(self, piece: Piece, mapped: bool = False) -> Tensor:
+        """A part of a tensor, as a torch tensor of the dtype it is stored in.
+
+        mapped   a whole tensor is memory that is read when it is used, and is the file's until it is written to
+        """
         import torch
 
         from roundel.tensor import torch_dtype
 
         spec = self.source.tensors[piece.tensor]
-        raw = torch.from_numpy(self.source.read(piece))
+        is_mapped = mapped and spec.nbytes and piece == Piece(tensor=piece.tensor)
+        raw = torch.from_numpy(self.source.mapped(piece.tensor) if is_mapped else self.source.read(piece))
         shape = list(spec.shape[len(piece.index) :])
         if not piece.transposed and piece.step == 1 and shape:
             shape[0] = len(range(*slice(piece.start, piece.stop).indices(shape[0])))
@@ -90,19 +94,10 @@ class Checkpoint:
         return whole[piece.start : piece.stop : piece.step].contiguous()
 
     def mapped(self, name: str) -> Tensor:
-        """`tensor`; where it lies whole in a file, as memory that is read when it is used, and is the file's until it
-        is written to."""
-        import torch
-
-        from roundel.tensor import torch_dtype
-
+        """`tensor`, mapped where it lies in a file as it is."""
         matrix = self.wholes.get(name.removesuffix(".weight"))
         if matrix is not None and matrix.stored.format == "plain" and name.endswith(".weight"):
-            piece = matrix.stored.parts["weight"]
-            spec = self.source.tensors[piece.tensor]
-            if piece == Piece(tensor=piece.tensor) and spec.nbytes:
-                raw = torch.from_numpy(self.source.mapped(piece.tensor))
-                return raw.view(torch_dtype(spec.dtype)).reshape(spec.shape)
+            return self.read_piece(matrix.stored.parts["weight"], mapped=True)
         return self.tensor(name)
 
     def read_slab(self, piece: Piece, start: int, stop: int) -> Tensor:
@@ -118,12 +113,12 @@ class Checkpoint:
         self.source.read_rows(piece, start, raw)
         return torch.from_numpy(raw).view(torch_dtype(spec.dtype)).reshape(shape)
 
-    def unpack(self, layer: Layer) -> QuantizedTensor:
+    def unpack(self, layer: Layer, mapped: bool = False) -> QuantizedTensor:
         """The codes and scales of a stored layer, or of all that it is cut out of. Raises SourceError when its parts
-        contradict each other."""
+        contradict each other. mapped: as of `read_piece`; what unpacking leaves as it is stays the file's."""
         assert self.reader is not None
         cut = layer.stored.cut
-        return self.reader.unpack(layer if cut is None else self.wholes[cut.of].layer(), self.read(layer))
+        return self.reader.unpack(layer if cut is None else self.wholes[cut.of].layer(), self.read(layer, mapped))
 
     def weights(self, layer: Layer) -> Tensor:
         """The float weights [out, in] of a layer, however it is stored."""

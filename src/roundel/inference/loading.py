@@ -241,7 +241,7 @@ class _Filling:
 
     def _quantized(self, matrix: Matrix) -> QuantizedTensor:
         """A rounded layer's numbers, on the device. Raises SourceError where they are none."""
-        quantized = self.checkpoint.unpack(matrix.layer())
+        quantized = self.checkpoint.unpack(matrix.layer(), mapped=True)
         if not bool(torch.isfinite(plain(quantized.scale)).all()):
             raise SourceError(f"{matrix.name}: a stored scale is not finite. The file is damaged; fetch it again.")
         return quantized.to(self.device)

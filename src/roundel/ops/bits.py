@@ -33,6 +33,9 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_rows(words: Tensor, bits: int) -> Tensor:
     """[rows, m] int32 words -> [rows, m * 32 / bits] uint8 codes: the inverse of `pack_rows`."""
+    if 32 % bits == 0:  # no code lies in two words
+        at = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)
+        return ((words[:, :, None] >> at) & ((1 << bits) - 1)).to(torch.uint8).flatten(1)
     stream = (words[:, :, None] >> torch.arange(32, device=words.device, dtype=torch.int32)) & 1
     stream = stream.reshape(words.shape[0], -1, bits).to(torch.uint8)
     return (stream << torch.arange(bits, device=words.device, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
