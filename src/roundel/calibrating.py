@@ -105,7 +105,9 @@ def check_calibration(recipe: Recipe, dataset: Dataset | None = None) -> None:
 
 def named(dataset: Dataset) -> str:
     """What a recipe calls a dataset."""
-    return dataset if isinstance(dataset, str) else f"(a list of {len(dataset)})"
+    from roundel.calibration.origins import name_of_rows
+
+    return dataset if isinstance(dataset, str) else name_of_rows(len(dataset))
 
 
 def _check_ids(tokens: Tensor, checkpoint: Checkpoint) -> None:

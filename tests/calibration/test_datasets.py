@@ -23,6 +23,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from hub_server import HubServer, point_client_at
+from roundel.calibrating import named
 from roundel.calibration import Samples, calibration_tokens, datasets, origins, reading, register_dataset, rows
 from roundel.calibration.hub_datasets import HUB_DATASETS, HubDataset
 from roundel.calibration.reading import read_values
@@ -430,6 +431,11 @@ def test_own_datasets_are_read_in_order_and_only_as_far_as_needed(model: Path) -
         calibration_tokens("mime", model)
     with pytest.raises(RecipeError, match="mine has no splits"):
         calibration_tokens("mine:split=train", model)
+
+
+def test_rows_from_memory_are_asked_for_again(model: Path) -> None:
+    with pytest.raises(RecipeError, match="passed from memory to the run that wrote this recipe"):
+        calibration_tokens(named([[1, 2, 3]]), model)
 
 
 def test_nothing_is_forked(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -20,9 +21,18 @@ from roundel.calibration.rows import Ids, Row, Text, row_of, shuffled
 from roundel.data.bundled import bundled_text
 from roundel.errors import RecipeError, SourceError, nearest
 
-__all__ = ["Origin", "check_origin", "known_names", "origin_of", "origin_of_rows", "register_dataset"]
+__all__ = [
+    "Origin",
+    "check_origin",
+    "known_names",
+    "name_of_rows",
+    "origin_of",
+    "origin_of_rows",
+    "register_dataset",
+]
 
 BUNDLED = "bundled"
+_OF_ROWS = re.compile(r"\(a list of \d+\)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +215,11 @@ def _hub(dataset: HubDataset, entry: Entry, offline: bool) -> Origin:
     )
 
 
+def name_of_rows(count: int) -> str:
+    """What rows that were passed in memory are called, in recipes among others."""
+    return f"(a list of {count})"
+
+
 def _unknown(name: str, path: Path) -> RecipeError | SourceError:
     kinds = "a .txt, .json, .jsonl, .csv or .parquet file"
     if path.is_dir():
@@ -213,6 +228,11 @@ def _unknown(name: str, path: Path) -> RecipeError | SourceError:
         return RecipeError(f"Dataset {name} is a file of a kind that is not read. Pass {kinds}, by its whole name.")
     if kind_of(path.name):
         return SourceError(f"Dataset {name}: there is no such file in {path.absolute().parent}. Check the path.")
+    if _OF_ROWS.fullmatch(name):
+        return RecipeError(
+            f"Dataset {name!r} was passed from memory to the run that wrote this recipe, and is not in it. Pass it "
+            "again (dataset=ROWS), or name another with --dataset."
+        )
     known = ", ".join((*_REGISTERED, BUNDLED, *(dataset.repo for dataset in HUB_DATASETS)))
     return RecipeError(
         f"There is no dataset {name!r}.{nearest(name, known_names())} Known are {known}; or pass {kinds}, or "
