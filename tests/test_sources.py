@@ -111,8 +111,6 @@ def test_companions_in_other_shards_are_found(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(source)
     expected = checkpoint.decode("model.layers.0.mlp.up_proj")
     checkpoint.close()
-    import json
-
     from safetensors.torch import save_file
 
     tensors = load_file(source / "model.safetensors")
