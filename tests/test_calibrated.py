@@ -236,6 +236,100 @@ def test_weights_that_are_not_finite_are_found_before_any_block_is_done(data: Pa
         roundel.quantize(model, tmp_path / "out", **options("gptq", data))
 
 
+def test_what_enters_a_block_comes_out_of_rounded_ones(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AutoAWQ and INC's AWQ hand on what the blocks give before they are rounded."""
+    import transformers
+
+    from roundel.algorithms import Gptq
+
+    model, rows = build("llama", tmp_path / "model", dtype="float32"), data.read_text().splitlines()
+    ids = [json.loads(row)["input_ids"] for row in rows]
+    wish = {**options("smoothquant,gptq", data, format="fake", scheme="W2A16G32"), "dataset": ids}
+    entered: dict[str, torch.Tensor] = {}
+    quantize = Gptq.quantize
+
+    def watched(algorithm: Gptq, unit: Any) -> Any:
+        entered[unit.name] = unit.entering().inputs(range(SAMPLES)).clone()
+        return quantize(algorithm, unit)
+
+    monkeypatch.setattr(Gptq, "quantize", watched)
+    roundel.quantize(model, tmp_path / "out", **wish)
+    away = {}
+    for folder in (tmp_path / "out", model):
+        loaded, caught = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), []
+        loaded.get_submodule("model.layers.1").register_forward_pre_hook(
+            lambda _, x, caught=caught: caught.append(x[0])
+        )
+        with torch.no_grad():
+            loaded(input_ids=torch.tensor(ids))
+        away[folder.name] = float((entered["model.layers.1"] - caught[0]).norm() / caught[0].norm())
+    assert away["out"] < 1e-3 < 0.05 < away["model"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("scheme", ["W4A16G32_ASYM", "W2A16G48", "MXFP4"])
+def test_plain_rounding_is_the_same_in_either_loop(scheme: str, dtype: str, data: Path, tmp_path: Path) -> None:
+    """auto-round fits zero points in bfloat16 by one of its routes and in float32 by the other."""
+    model = build("llama", tmp_path / "model", dtype=dtype)
+    roundel.quantize(model, tmp_path / "stream", scheme=scheme)
+    roundel.quantize(model, tmp_path / "units", **options("gptq", data, scheme=scheme, min_tokens=10**6))
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("stream", "units"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8)) for name in one)
+
+
+def test_layers_that_are_kept_stay_as_they_are(data: Path, tmp_path: Path) -> None:
+    """INC's GPTQ rounds them, by another layer's settings."""
+    model = build("llama", tmp_path / "model")
+    wish = options("gptq", data, layer_config={"k_proj": {"bits": 16}}, ignore_layers=["layers.1.mlp"])
+    report = roundel.quantize(model, tmp_path / "out", **wish)
+    before, after = (load_file(path / "model.safetensors") for path in (model, tmp_path / "out"))
+    stay = [name for name in before if "k_proj" in name or "layers.1.mlp" in name]
+    assert len(stay) == 5 and len(report.rounded) == 14 - 5
+    assert all(torch.equal(before[name], after[name]) for name in stay)
+
+
+def test_every_step_of_a_chain_acts(data: Path, tmp_path: Path) -> None:
+    """Of two algorithms in INC's dictionary only the first is left."""
+    model, found = build("llama", tmp_path / "model"), {"source": load_file(tmp_path / "model" / "model.safetensors")}
+    for chain in ("gptq", "smoothquant", "smoothquant,gptq"):
+        roundel.quantize(model, tmp_path / chain, **options("smoothquant,gptq", data, algorithm=chain))
+        found[chain] = load_file(tmp_path / chain / "model.safetensors")
+    both = found.pop("smoothquant,gptq")
+    norm, codes = "model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.q_proj.qweight"
+    assert torch.equal(both[norm], found["smoothquant"][norm]) and torch.equal(
+        found["gptq"][norm], found["source"][norm]
+    )
+    assert not torch.equal(both[norm], found["gptq"][norm])
+    assert not any(torch.equal(both[codes], found[name][codes]) for name in ("gptq", "smoothquant"))
+
+
+def test_a_run_leaves_nothing_to_the_next(data: Path, tmp_path: Path) -> None:
+    """auto-round keeps settings of a process; what came before changes what comes after."""
+    model, wish = build("llama", tmp_path / "model"), options("awq,rtn", data)
+    roundel.quantize(model, tmp_path / "first", **wish)
+    other = options("signround", data, scheme="W2A16G64_ASYM", format="auto_gptq", quant_lm_head=True, seed=3)
+    roundel.quantize(build("qwen3_moe", tmp_path / "other"), tmp_path / "between", **other)
+    roundel.quantize(model, tmp_path / "second", **wish)
+    assert hashes(tmp_path / "first") == hashes(tmp_path / "second")
+
+
+def test_nothing_is_written_elsewhere(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """auto-round makes a work space, and INC a workspace of its own, wherever they are called."""
+    model = build("llama", tmp_path / "model")
+    for name in ("here", "temporary"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    before = hashes(model)
+    roundel.quantize(model, tmp_path / "out", **options("gptq", data, offload="disk"))
+    assert hashes(model) == before
+    assert not [*(tmp_path / "here").iterdir(), *(tmp_path / "temporary").iterdir()]
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "here", "temporary", "out"}
+
+
 @pytest.mark.parametrize(("scheme", "largest"), [("FP8_STATIC", 448.0), ("NVFP4", 6.0 * 448.0)])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
 def test_inputs_are_measured_where_their_scale_is_stored(

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields, replace
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
+from torch import Tensor
 
 from models.pico import build
 from roundel.algorithms import ALGORITHMS
+from roundel.chain import Value, known_options
 from roundel.checkpoint import open_checkpoint
 from roundel.cli.main import cli
+from roundel.cli.options import recipe_from, recipe_options
+from roundel.recipe import Recipe
 from roundel.report import LOG
 from roundel.transforms import TRANSFORMS
 from roundel.verification import verify
+from transforms.units import spacious
 
 CHAINS = {
     "rtn": (),
@@ -35,6 +42,79 @@ MODELS = {
     "experts": ("qwen3_moe", {}),
 }
 MIXED = {"q_proj": 2, "k_proj": 3, "v_proj": 8, "o_proj": 2, "gate_proj": 3, "up_proj": 4, "down_proj": 8}
+CHANGED: dict[str, dict[str, tuple[Value, dict[str, Value]]]] = {  # field -> another value, and what it needs beside it
+    "rtn": {},
+    "opt-rtn": {
+        "imatrix": (True, {}),
+        "unbiased": (1.0, {}),
+        "min_tokens": (10**6, {"imatrix": True}),
+    },
+    "hqq": {
+        "iterations": (1, {}),
+        "norm": (0.4, {}),
+        "beta": (1e4, {}),
+        "kappa": (3.0, {"beta": 100.0}),
+        "quant_scale": (True, {}),
+        "quant_zero": (True, {}),
+        "meta_group": (16, {"quant_scale": True}),
+    },
+    "gptq": {
+        "damping": (0.5, {}),
+        "shrinkage": (False, {}),
+        "damping_step": (0.3, {"damping": 0.0, "shrinkage": False}),
+        "act_order": (True, {}),
+        "static_groups": (True, {}),
+        "group_order": (False, {}),
+        "true_sequential": (False, {}),
+        "trials": (0, {}),
+        "min_tokens": (10**6, {}),
+    },
+    "signround": {
+        "iters": (9, {}),
+        "lr": (0.3, {}),
+        "minmax_lr": (0.1, {}),
+        "schedule": ("cosine", {}),
+        "optimizer": ("adam", {}),
+        "start": ("rtn", {}),
+        "tune_range": (False, {}),
+        "scale_dtype": ("bfloat16", {}),
+        "quantized_inputs": (False, {}),
+        "keep_best": (True, {"lr": 1.0}),
+        "batch_size": (4, {}),
+        "gradient_accumulation": (2, {}),
+        "seed": (1, {}),
+    },
+    "awq": {
+        "n_grid": (3, {}),
+        "duo_scaling": (False, {}),
+        "clip": (False, {}),
+        "n_clip_grid": (5, {}),
+        "max_shrink": (0.1, {}),
+        "search_tokens": (24, {}),
+        "clip_tokens": (24, {}),
+        "stream": ("quantized", {}),
+    },
+    "teq": {
+        "steps": (6, {}),
+        "lr": (0.02, {}),
+        "beta1": (0.2, {}),
+        "beta2": (0.3, {}),
+        "warmup": (0.5, {}),
+        "batch_size": (4, {}),
+        "smooth_start": (False, {}),
+        "seed": (1, {}),
+    },
+    "smoothquant": {"alpha": (0.8, {})},
+}
+BASE: dict[str, dict[str, Value]] = {
+    "signround": {"iters": 5, "lr": 0.05, "batch_size": 2, "keep_best": False},
+    "teq": {"steps": 12, "lr": 0.05, "batch_size": 2},
+}
+SAME = {  # speed, memory, what makes a unit, and a file that has tests of its own
+    "gptq": {"block_size"},
+    "signround": {"blocks", "low_memory"},
+    "rtn": {"imatrix"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +178,43 @@ def test_every_expert_can_be_shown_every_token(chain: str, data: Path, tmp_path:
     assert all(seen["all"][name] == 4 * 32 for name in experts)
     assert any(seen["routed"][name] < 4 * 32 for name in experts)
     assert all(seen["all"][name] == seen["routed"][name] == 4 * 32 for name in seen["all"] if name not in experts)
+
+
+def made(name: str, options: dict[str, Value]) -> tuple[dict[str, Tensor], object]:
+    """What a step makes of a unit, and what it says of it."""
+    unit = spacious("W2A16G16_HQQ" if name == "hqq" else "W2A16G16", samples=3, inner=128, noise=0.2)
+    if name in TRANSFORMS:
+        found = replace(TRANSFORMS[name], **options).apply(unit)  # type: ignore[type-var]
+        return dict(found.unit.weights), found.notes
+    rounded = replace(ALGORITHMS[name], **options).quantize(unit)  # type: ignore[type-var]
+    return {n: r.tensor.decode() for n, r in rounded.items()}, {n: r.fallback for n, r in rounded.items()}
+
+
+@pytest.mark.parametrize(("name", "field"), [(name, field) for name, changed in CHANGED.items() for field in changed])
+def test_every_option_has_an_effect(name: str, field: str) -> None:
+    """auto-round's AWQ stores `apply_smooth` and never looks at it; INC swallows `hybrid_act_order`."""
+    value, beside = CHANGED[name][field]
+    base = BASE.get(name, {}) | beside
+    usual, other = made(name, base), made(name, base | {field: value})
+    assert usual[1] != other[1] or any(not torch.equal(usual[0][n], other[0][n]) for n in usual[0])
+
+
+def test_every_option_is_tried_here() -> None:
+    for name, step in {**ALGORITHMS, **TRANSFORMS}.items():
+        assert {f.name for f in fields(step)} == CHANGED[name].keys() | SAME.get(name, set()), name  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_every_option_reaches_its_step(name: str) -> None:
+    """auto-round's `--disable_amp` is taken, and told nobody."""
+    found: list[Recipe] = []
+    taking = click.Command("taking", callback=lambda **given: found.append(recipe_from(given)))
+    recipe_options(taking)
+    for field, (value, _) in CHANGED[name].items():
+        flag = field.replace("_", "-")
+        is_switch = known_options()[field].kinds == {"bool"}
+        given = [f"--{'' if value else 'no-'}{flag}"] if is_switch else [f"--{flag}", str(value)]
+        done = CliRunner().invoke(taking, ["--algorithm", name, *given], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        (step,) = (step for step in found.pop().chain.steps if step.name == name)
+        assert getattr(step, field) == value, field

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import roundel
+from commands import process
 from formats.test_gguf import tokenized
 from models.pico import build
 from models.raw import hashes, plant, spot
@@ -465,3 +466,12 @@ def test_a_source_that_changed_is_another_source(tmp_path: Path) -> None:
     build("llama", source, seed=1)
     with pytest.raises(OutputError, match="not empty"):
         roundel.quantize(source, tmp_path / "o", scheme="W4A16G32")
+
+
+def test_a_script_needs_no_main_guard(model: Path, tmp_path: Path) -> None:
+    """auto-round starts processes that run the script again, and so themselves, without model and with it."""
+    script = tmp_path / "script.py"
+    wish = f"{str(model)!r}, {str(tmp_path / 'out')!r}, scheme='W4A16G32', workers=3"
+    script.write_text(f"import roundel\nprint('begun')\nprint(len(roundel.quantize({wish}).rounded))\n")
+    done = process(script)
+    assert (done.code, done.output) == (0, "begun 14"), done.error

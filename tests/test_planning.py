@@ -213,3 +213,16 @@ def test_a_dataset_that_nothing_looks_at_is_said(llama: Path) -> None:
     assert not any(
         "looks at no data" in note for note in roundel.plan(llama, algorithm="gptq", dataset="bundled").notes
     )
+
+
+def test_transforms_that_find_no_channel_say_so(llama: Path, tmp_path: Path) -> None:
+    """In INC the search for these fails in silence, and AWQ and TEQ are plain rounding."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 256}
+    GPTNeoXForCausalLM(GPTNeoXConfig(num_attention_heads=4, **sizes)).save_pretrained(tmp_path)
+    said = "awq,rtn: no rule for generic models names channels of gpt_neox.layers.0 (and 1 more) that can be rescaled"
+    wish = {"scheme": "W4A16G32", "dataset": "bundled"}
+    assert any(note.startswith(said) for note in roundel.plan(tmp_path, algorithm="awq,rtn", **wish).notes)
+    for model, algorithm in ((tmp_path, "gptq"), (llama, "awq,rtn")):
+        assert not any("rescaled" in note for note in roundel.plan(model, algorithm=algorithm, **wish).notes)

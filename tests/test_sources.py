@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 import roundel
 from models.pico import PICO_TYPES, build, build_fp8, build_mxfp4, build_nvfp4
 from roundel.checkpoint import open_checkpoint
+from roundel.tensor import plain
 from roundel.verification import verify
 
 STREAMED = [t for t in PICO_TYPES if t != "gpt2"]  # every matrix of GPT-2 is kept
@@ -108,8 +111,6 @@ def test_companions_in_other_shards_are_found(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(source)
     expected = checkpoint.decode("model.layers.0.mlp.up_proj")
     checkpoint.close()
-    import json
-
     from safetensors.torch import save_file
 
     tensors = load_file(source / "model.safetensors")
@@ -184,3 +185,36 @@ def test_conv1d_is_not_rounded_even_when_named(tmp_path: Path) -> None:
     checkpoint.close()
     with pytest.raises(PlanError, match="cannot be rounded"):
         roundel.plan(source, scheme="W4A16G32", layer_config={name: "W8A16G32"})
+
+
+@pytest.mark.parametrize("chain", ["rtn", "opt-rtn --imatrix"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_what_stays_keeps_its_dtype_and_config_its_word(dtype: str, chain: str, tmp_path: Path) -> None:
+    """auto-round writes float32 where its config says bfloat16, and float16 where tensors are bfloat16."""
+    source = build("llama", tmp_path / "m", dtype=dtype)
+    wish: dict[str, Any] = {"scheme": "W4A16G32_ASYM", "format": "auto_round,auto_gptq,auto_awq,llm_compressor"}
+    if chain != "rtn":
+        wish |= {"algorithm": "opt-rtn", "imatrix": True, "dataset": [list(range(32))] * 2, "nsamples": 2, "seqlen": 32}
+    roundel.quantize(source, tmp_path / "o", **wish)
+    before, config = load_file(source / "model.safetensors"), json.loads((source / "config.json").read_text())
+    for format in wish["format"].split(","):
+        after = load_file(tmp_path / "o" / format / "model.safetensors")
+        stay = before.keys() & after.keys()
+        assert len(stay) == 7  # the embedding, the head, norms
+        assert all(after[n].dtype == before[n].dtype and torch.equal(after[n], before[n]) for n in stay)
+        written = json.loads((tmp_path / "o" / format / "config.json").read_text())
+        assert written == config | {"quantization_config": written["quantization_config"]}
+
+
+@pytest.mark.parametrize("format", ["auto_round", "auto_gptq", "gptq_v2", "auto_awq", "llm_compressor"])
+@pytest.mark.parametrize("sym", [True, False])
+def test_a_row_may_be_one_group(format: str, sym: bool, tmp_path: Path) -> None:
+    """auto-round without a model rounds no layer then, warns of each, and ends as if all were well."""
+    source = build("llama", tmp_path / "m")
+    report = roundel.quantize(source, tmp_path / "o", bits=4, group_size=-1, sym=sym, format=format)
+    assert len(report.rounded) == 14
+    assert verify(tmp_path / "o", source).passed
+    checkpoint = open_checkpoint(tmp_path / "o")
+    for layer in checkpoint.layers.values():
+        assert plain(checkpoint.unpack(layer).scale).shape == (layer.shape[0], 1)
+    checkpoint.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from roundel.formats import Contents, format_named
 from roundel.scheme import PRESETS
 from roundel.unit import Layer, Piece, Stored
@@ -41,3 +43,12 @@ def test_compressed_tensors_ignores_a_tied_head() -> None:
     kept = ("model.embed_tokens",)
     assert format.config(contents("model.layers.0.q", kept=kept, scheme="MXFP4"))["ignore"] == [*kept, "lm_head"]
     assert format.config(contents("model.layers.0.q", "lm_head", kept=kept, scheme="MXFP4"))["ignore"] == [*kept]
+
+
+@pytest.mark.parametrize("scheme", PRESETS)
+def test_compressed_tensors_ignores_all_that_is_kept(scheme: str) -> None:
+    """auto-round's FP8_STATIC ignores nothing, so that readers wait for scales of the head."""
+    format = format_named("llm_compressor")
+    asked = contents("model.layers.0.q", kept=("lm_head", "model.layers.1.q"), scheme=scheme)
+    if format.refuse(asked.layers[0]) is None:
+        assert format.config(asked)["ignore"] == ["lm_head", "model.layers.1.q"]

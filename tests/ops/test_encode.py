@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ops.cases import DTYPES, KINDS, SHAPES, grids, weights
-from roundel.ops.encode import encode_reference
+from roundel.ops.encode import encode, encode_reference
 from roundel.ops.minifloat import decode_e8m0, round_e2m1, round_e4m3
 from roundel.ops.numba.tensors import encode_tensor
 from roundel.scheme import PRESETS, Grid, Scheme
-from roundel.tensor import QuantizedTensor
+from roundel.tensor import QuantizedTensor, plain
 
 
 def bits_of(tensor: Tensor) -> Tensor:
@@ -125,6 +125,17 @@ def test_mx_scale_is_the_specification(name: str) -> None:
         for group in range(2):
             largest = weight[row, 32 * group : 32 * group + 32].float().abs().max().item()
             assert bits_of(found.scale[row, group : group + 1]).item() == math.floor(math.log2(largest)) - emax + 127  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", ["FP8_DYNAMIC", "FP8_BLOCK", "FPW8A16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fp8_is_divided_once_by_the_scale_that_is_stored(name: str, dtype: torch.dtype) -> None:
+    """auto-round rounds scales to bfloat16 after it used them, and divides whole blocks in bfloat16."""
+    grid, weight = PRESETS[name].weight, weights("outlier", (200, 300), dtype)
+    found, (rows, columns) = encode(weight, grid), grid.block_of((200, 300))
+    scale = plain(found.scale).repeat_interleave(rows, 0)[:200].repeat_interleave(columns, 1)[:, :300]
+    assert isinstance(found.scale, Tensor) and found.scale.dtype == torch.bfloat16
+    assert torch.equal(bits_of(found.codes), bits_of((weight.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)))
 
 
 def test_non_finite_weights_have_no_kernel() -> None:

@@ -15,7 +15,7 @@ from roundel.matrix import cut_for
 from roundel.notes import notes_of
 from roundel.planning.files import check_names, check_stacks, specs_of, stacks_of
 from roundel.planning.plan import Kept, Output, Plan, Work, most_common
-from roundel.planning.units import check_measured, in_units, with_caches
+from roundel.planning.units import check_measured, in_units, not_rescaled, with_caches
 from roundel.planning.works import works_of
 from roundel.recipe import Recipe, parse_size
 from roundel.tensor import TensorSpec
@@ -100,6 +100,7 @@ def build_plan(
         notes=(
             *(seen[1] if seen else ()),
             *notes_of(checkpoint, recipe, layers, matrices, demoted, untied),
+            *(not_rescaled(works, checkpoint, recipe.algorithm) if recipe.chain.transforms else ()),
             *cache.notes,
             *(caveat for format in settled for caveat in format.caveats(contents)),
         ),

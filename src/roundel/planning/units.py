@@ -9,11 +9,12 @@ from dataclasses import replace
 from roundel.checkpoint import Checkpoint
 from roundel.errors import PlanError
 from roundel.families import attention_of, text_config
+from roundel.families.spaces import spaces_of
 from roundel.formats import Format
 from roundel.formats.format import CACHE_PARTS
 from roundel.planning.plan import Work
 
-__all__ = ["check_measured", "in_units", "with_caches"]
+__all__ = ["check_measured", "in_units", "not_rescaled", "with_caches"]
 
 
 def in_units(works: Sequence[Work], checkpoint: Checkpoint, together: int) -> tuple[Work, ...]:
@@ -70,6 +71,24 @@ def check_measured(works: Sequence[Work]) -> None:
             f"{apart[0].scheme.name} stores a scale of them. Keep it with --ignore-layers, or choose a scheme that "
             "scales inputs at run time, such as FP8_DYNAMIC."
         )
+
+
+def not_rescaled(works: Sequence[Work], checkpoint: Checkpoint, transforms: str) -> tuple[str, ...]:
+    """What to know of decoder blocks in which transforms find nothing to rescale: at most one sentence."""
+    config = checkpoint.source.config
+    bare: list[str] = []
+    for work in works:
+        if work.kind == "unit" and not any(layer.role == "head" for layer in work.layers):
+            shapes: dict[str, tuple[int, ...]] = {layer.tensor: layer.shape for layer in (*work.layers, *work.decodes)}
+            shapes |= {copy.spec.name: copy.spec.shape for copy in work.copies}
+            bare += [block for block in work.blocks if not spaces_of(checkpoint.family, block, shapes, config)]
+    if not bare:
+        return ()
+    more = f" (and {len(bare) - 1} more)" if bare[1:] else ""
+    return (
+        f"{transforms}: no rule for {checkpoint.family.name} models names channels of {bare[0]}{more} that can be "
+        "rescaled, so none are",
+    )
 
 
 def with_caches(works: Sequence[Work], formats: Sequence[Format]) -> tuple[Work, ...]:
