@@ -22,7 +22,7 @@ from roundel.checkpoint import open_checkpoint
 from roundel.errors import NumericsError, PlanChanged, RecipeError
 from roundel.io.journal import read_journal
 from roundel.planning import Work
-from roundel.report import LOG
+from roundel.report import LOG, Row
 from roundel.transforms import TRANSFORMS
 from roundel.verification import verify
 from victim import Victims
@@ -112,6 +112,26 @@ def test_killed_before_any_call_that_changes_the_disk(data: Path, tmp_path: Path
         victims.killed_at(number, model, out, **wish)
         assert not victims.killed_at(10**6, model, out, **wish)
         assert hashes(out) == fresh, number
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after_a_unit(work: Work, row: Row) -> None:
+    if work.kind == "unit":
+        raise Stopped
+
+
+@pytest.mark.parametrize("stream", ["quantized", "float"])
+def test_without_a_file_of_activations_the_run_begins_anew(stream: str, data: Path, tmp_path: Path) -> None:
+    model, wish = build("llama", tmp_path / "model"), options("signround", data)
+    roundel.quantize(model, tmp_path / "fresh", **wish)
+    with pytest.raises(Stopped):
+        roundel.quantize(model, tmp_path / "out", progress=stop_after_a_unit, **wish)
+    (tmp_path / "out" / f"model.layers.1.{stream}.frontier").unlink()
+    assert roundel.quantize(model, tmp_path / "out", **wish).resumed == 0
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "fresh")
 
 
 @pytest.mark.parametrize("chain", ["signround", "awq,signround"])

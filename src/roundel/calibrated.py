@@ -106,6 +106,7 @@ class Units:
             FRONTIER,
             dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[self.recipe.activation_dtype],
             in_memory=in_memory(calibration.offload, needed, self.free_memory),
+            apart=self.chain.reads_float_stream,
             part=part_of(self.recipe, self.tokens, self.device),
             device=self.device,
         )
