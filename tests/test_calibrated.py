@@ -256,6 +256,27 @@ def test_weights_that_are_not_finite_are_found_before_any_block_is_done(data: Pa
         roundel.quantize(model, tmp_path / "out", **options("gptq", data))
 
 
+@pytest.mark.parametrize(
+    ("chain", "looked"), [("awq,rtn", True), *((c, s) for c in ("opt-rtn", "gptq", "signround") for s in (True, False))]
+)
+def test_a_layer_whose_scale_leaves_float16_stays(
+    chain: str, looked: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in every run without data; found before any block is done, or else where it is rounded."""
+    model = build("llama", tmp_path / "model")
+    plant(model, "model.layers.1.mlp.up_proj.weight", 3 * 64 + 17, 3e6)
+    done: list[str] = []
+    if not looked:
+        monkeypatch.setattr(Units, "_look_at_weights", lambda units, todo: None)
+    report = roundel.quantize(
+        model, tmp_path / "out", progress=lambda work, row: done.append(work.name), **options(chain, data)
+    )
+    assert done.count("model.layers.0") == (1 if looked else 2)
+    kept = {each.name: each.reason for each in report.plan.kept}
+    assert kept["model.layers.1.mlp.up_proj"].startswith("weights that cannot be rounded: weight [3, 17] is ")
+    assert len(report.rounded) == 13 and verify(tmp_path / "out").problems == ()
+
+
 @pytest.mark.parametrize(("scheme", "largest"), [("FP8_STATIC", 448.0), ("NVFP4", 6.0 * 448.0)])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
 def test_inputs_are_measured_where_their_scale_is_stored(

@@ -21,7 +21,7 @@ from roundel.interruption import Interruption
 from roundel.io.journal import Journal
 from roundel.io.safetensors import Shard
 from roundel.io.source import LocalFiles
-from roundel.matrices import Demoted, as_bytes, errors_in, finite, reaches, sound
+from roundel.matrices import Demoted, as_bytes, check_scales, errors_in, finite, reaches, sound
 from roundel.memory import give_back, peak_memory
 from roundel.output import FRONTIER
 from roundel.parts import with_parts
@@ -137,7 +137,7 @@ class Units:
         bad: dict[str, NumericsError] = {}
         for layer in (layer for work in todo for layer in work.layers):
             try:
-                finite(layer, self.checkpoint.weights(layer))
+                check_scales(layer, finite(layer, self.checkpoint.weights(layer)))
             except NumericsError as error:
                 bad[layer.name] = error
         if bad:
@@ -271,7 +271,7 @@ class Units:
         """Pack every layer and put it to its place; what stays goes with its new numbers where a transform moved it."""
         rows: list[Row] = []
         for layer in work.layers:
-            result = sound(layer, unit.weights[layer.tensor], rounded[layer.name], strict=self.recipe.strict)
+            result = self._sound(layer, unit, rounded[layer.name])
             nbytes = [0] * len(self.shards)
             for number, output in enumerate(self.plan.outputs):
                 for part, tensor in output.format.pack(layer, result.tensor).items():
@@ -295,6 +295,13 @@ class Units:
                     kept[number] += self._put(number, spec.name, data)
         note = "; ".join(notes) or None
         return Row(name=work.name, kind="unit", nbytes=tuple(kept), note=note, rows=tuple(rows))
+
+    def _sound(self, layer: Layer, unit: Unit, rounded: Rounded) -> Rounded:
+        """Raises Demoted: also of a sound matrix a transform or the algorithm itself may have made scales infinite."""
+        try:
+            return sound(layer, unit.weights[layer.tensor], rounded, strict=self.recipe.strict)
+        except NumericsError as error:
+            raise Demoted({layer.name: error}) from error
 
     def _put(self, number: int, name: str, data: memoryview) -> int:
         self.shards[number][name].put(name, data)
