@@ -186,6 +186,19 @@ def test_an_interruption_lets_a_unit_end_first(
     assert hashes(tmp_path / "out") == hashes(tmp_path / "fresh")
 
 
+@pytest.mark.parametrize("offload", ["ram", "disk"])
+def test_a_run_that_was_stopped_holds_no_file_open(offload: str, data: Path, tmp_path: Path) -> None:
+    model, kept = build("llama", tmp_path / "model"), tmp_path / "kept.gguf"
+    with pytest.raises(Stopped):
+        roundel.quantize(
+            model, tmp_path / "out", progress=stop_after_a_unit, save_imatrix=kept, offload=offload,
+            **options("signround", data),
+        )  # fmt: skip
+    assert list((tmp_path / "out").glob("*.frontier")) and Path(f"{kept}.partial").exists()
+    links = [Path(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+    assert not [held for link in links if link.exists() and (held := link.resolve()).is_relative_to(tmp_path)]
+
+
 def test_where_activations_lie_makes_no_difference(data: Path, tmp_path: Path) -> None:
     model = build("llama", tmp_path / "model")
     for offload in ("ram", "disk"):

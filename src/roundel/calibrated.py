@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,21 +72,24 @@ class Units:
         """
         units = [work for work in self.plan.works if work.kind == "unit"]
         todo = [work for work in units if work.name not in self.journal.finished]
-        if self.calibration.importances_to is not None:
-            self.importances = ImatrixWriter(
-                self.calibration.importances_to,
-                self.config,
-                [layer for work in units for layer in work.layers if layer.cut is None],
-                dataset=self.recipe.dataset,
-                samples=self.samples,
-                tokens=self.tokens,
-                begun=len(todo) < len(units),
-            )
-        if todo:
-            self._prepare()
-            self._go(units, todo, interruption)
-        if self.importances is not None:
-            self.importances.finish()
+        with ExitStack() as held:
+            if self.calibration.importances_to is not None:
+                self.importances = ImatrixWriter(
+                    self.calibration.importances_to,
+                    self.config,
+                    [layer for work in units for layer in work.layers if layer.cut is None],
+                    dataset=self.recipe.dataset,
+                    samples=self.samples,
+                    tokens=self.tokens,
+                    begun=len(todo) < len(units),
+                )
+                held.callback(self.importances.close)
+            if todo:
+                self._prepare()
+                held.callback(self.streams.close)
+                self._go(units, todo, interruption)
+            if self.importances is not None:
+                self.importances.finish()
 
     def _prepare(self) -> None:
         import torch

@@ -42,6 +42,7 @@ class Streams:
         self.part = part
         self._skeleton, self._tokens, self._folder, self._ending = skeleton, tokens, folder, ending
         self._dtype, self._in_memory, self._apart, self._device = dtype, in_memory, apart, device
+        self._made: list[Frontier] = []
 
     def enter(self, first: str, weights: Mapping[str, Tensor]) -> dict[str, Frontier]:
         """The streams in front of the first unit, where both are the same. weights: what the skeleton enters with."""
@@ -66,7 +67,14 @@ class Streams:
 
     def frontier(self, name: str, stream: str) -> Frontier:
         """Of a stream in front of a unit, to be filled."""
-        return Frontier(self._path(name, stream), self.shape, self._dtype, in_memory=self._in_memory)
+        made = Frontier(self._path(name, stream), self.shape, self._dtype, in_memory=self._in_memory)
+        self._made.append(made)
+        return made
+
+    def close(self) -> None:
+        """Let go of every frontier that was made; files stay."""
+        for frontier in self._made:
+            frontier.close()
 
     def states(self, frontier: Frontier) -> Iterator[Tensor]:
         """[at most part, tokens, hidden] on the device, all samples in order."""
