@@ -250,6 +250,27 @@ def test_a_live_model_and_lists_of_tokens(data: Path, tmp_path: Path) -> None:
     other.close()
 
 
+@pytest.mark.parametrize(
+    ("loaded_from", "name"), [("{folder}", "a-model-s"), ("org/Name-1.5", "Name-1.5"), ("", "llama"), ("..", "llama")]
+)
+def test_a_live_model_is_known_again(loaded_from: str, name: str, data: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = build("llama", tmp_path / "a model's")
+    live = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    live.config._name_or_path = loaded_from.format(folder=folder)
+    wish = {
+        **options("gptq", data),
+        "dataset": [json.loads(line)["input_ids"] for line in data.read_text().splitlines()],
+    }
+    assert roundel.quantize(live, tmp_path / "fresh", **wish).plan.source_name == name
+    with pytest.raises(Stopped):
+        roundel.quantize(live, tmp_path / "out", progress=stop_after_a_unit, **wish)
+    assert roundel.quantize(live, tmp_path / "out", **wish).resumed > 0
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "fresh")
+    assert roundel.quantize(live, tmp_path / "out", **wish).already_complete
+
+
 def test_an_instance_is_an_algorithm_too(data: Path, tmp_path: Path) -> None:
     from roundel.algorithms import Gptq
 
