@@ -22,7 +22,7 @@ from roundel.checkpoint import open_checkpoint
 from roundel.errors import NumericsError, PlanChanged, RecipeError
 from roundel.io.journal import read_journal
 from roundel.planning import Work
-from roundel.report import LOG
+from roundel.report import LOG, Row
 from roundel.transforms import TRANSFORMS
 from roundel.verification import verify
 from victim import Victims
@@ -114,6 +114,26 @@ def test_killed_before_any_call_that_changes_the_disk(data: Path, tmp_path: Path
         assert hashes(out) == fresh, number
 
 
+class Stopped(Exception):
+    pass
+
+
+def stop_after_a_unit(work: Work, row: Row) -> None:
+    if work.kind == "unit":
+        raise Stopped
+
+
+@pytest.mark.parametrize("stream", ["quantized", "float"])
+def test_without_a_file_of_activations_the_run_begins_anew(stream: str, data: Path, tmp_path: Path) -> None:
+    model, wish = build("llama", tmp_path / "model"), options("signround", data)
+    roundel.quantize(model, tmp_path / "fresh", **wish)
+    with pytest.raises(Stopped):
+        roundel.quantize(model, tmp_path / "out", progress=stop_after_a_unit, **wish)
+    (tmp_path / "out" / f"model.layers.1.{stream}.frontier").unlink()
+    assert roundel.quantize(model, tmp_path / "out", **wish).resumed == 0
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "fresh")
+
+
 @pytest.mark.parametrize("chain", ["signround", "awq,signround"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
 def test_several_blocks_are_one_unit(chain: str, model_type: str, data: Path, tmp_path: Path, victims: Victims) -> None:
@@ -166,6 +186,19 @@ def test_an_interruption_lets_a_unit_end_first(
     assert hashes(tmp_path / "out") == hashes(tmp_path / "fresh")
 
 
+@pytest.mark.parametrize("offload", ["ram", "disk"])
+def test_a_run_that_was_stopped_holds_no_file_open(offload: str, data: Path, tmp_path: Path) -> None:
+    model, kept = build("llama", tmp_path / "model"), tmp_path / "kept.gguf"
+    with pytest.raises(Stopped):
+        roundel.quantize(
+            model, tmp_path / "out", progress=stop_after_a_unit, save_imatrix=kept, offload=offload,
+            **options("signround", data),
+        )  # fmt: skip
+    assert list((tmp_path / "out").glob("*.frontier")) and Path(f"{kept}.partial").exists()
+    links = [Path(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+    assert not [held for link in links if link.exists() and (held := link.resolve()).is_relative_to(tmp_path)]
+
+
 def test_where_activations_lie_makes_no_difference(data: Path, tmp_path: Path) -> None:
     model = build("llama", tmp_path / "model")
     for offload in ("ram", "disk"):
@@ -215,6 +248,27 @@ def test_a_live_model_and_lists_of_tokens(data: Path, tmp_path: Path) -> None:
         assert torch.equal(one.decode(name), other.decode(name))
     one.close()
     other.close()
+
+
+@pytest.mark.parametrize(
+    ("loaded_from", "name"), [("{folder}", "a-model-s"), ("org/Name-1.5", "Name-1.5"), ("", "llama"), ("..", "llama")]
+)
+def test_a_live_model_is_known_again(loaded_from: str, name: str, data: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = build("llama", tmp_path / "a model's")
+    live = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    live.config._name_or_path = loaded_from.format(folder=folder)
+    wish = {
+        **options("gptq", data),
+        "dataset": [json.loads(line)["input_ids"] for line in data.read_text().splitlines()],
+    }
+    assert roundel.quantize(live, tmp_path / "fresh", **wish).plan.source_name == name
+    with pytest.raises(Stopped):
+        roundel.quantize(live, tmp_path / "out", progress=stop_after_a_unit, **wish)
+    assert roundel.quantize(live, tmp_path / "out", **wish).resumed > 0
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "fresh")
+    assert roundel.quantize(live, tmp_path / "out", **wish).already_complete
 
 
 def test_an_instance_is_an_algorithm_too(data: Path, tmp_path: Path) -> None:
@@ -328,6 +382,27 @@ def test_nothing_is_written_elsewhere(data: Path, tmp_path: Path, monkeypatch: p
     assert hashes(model) == before
     assert not [*(tmp_path / "here").iterdir(), *(tmp_path / "temporary").iterdir()]
     assert {path.name for path in tmp_path.iterdir()} == {"model", "here", "temporary", "out"}
+
+
+@pytest.mark.parametrize(
+    ("chain", "looked"), [("awq,rtn", True), *((c, s) for c in ("opt-rtn", "gptq", "signround") for s in (True, False))]
+)
+def test_a_layer_whose_scale_leaves_float16_stays(
+    chain: str, looked: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in every run without data; found before any block is done, or else where it is rounded."""
+    model = build("llama", tmp_path / "model")
+    plant(model, "model.layers.1.mlp.up_proj.weight", 3 * 64 + 17, 3e6)
+    done: list[str] = []
+    if not looked:
+        monkeypatch.setattr(Units, "_look_at_weights", lambda units, todo: None)
+    report = roundel.quantize(
+        model, tmp_path / "out", progress=lambda work, row: done.append(work.name), **options(chain, data)
+    )
+    assert done.count("model.layers.0") == (1 if looked else 2)
+    kept = {each.name: each.reason for each in report.plan.kept}
+    assert kept["model.layers.1.mlp.up_proj"].startswith("weights that cannot be rounded: weight [3, 17] is ")
+    assert len(report.rounded) == 13 and verify(tmp_path / "out").problems == ()
 
 
 @pytest.mark.parametrize(("scheme", "largest"), [("FP8_STATIC", 448.0), ("NVFP4", 6.0 * 448.0)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,37 @@ def test_a_file_that_was_begun_is_continued(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(OutputError, match="is gone"):
         ImatrixWriter(path, config, layers, begun=True, **how)
+
+
+@pytest.mark.parametrize("dies_before", ["replace", "unlink"])
+def test_an_older_file_is_whole_or_not_there(dies_before: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between its layouts, what is begun stays, and the next run ends with the same bytes."""
+    checkpoint = open_checkpoint(bundled_model())
+    layer, config = checkpoint.matrices["model.layers.0.mlp.up_proj"].layer(), checkpoint.source.config
+    checkpoint.close()
+    how: dict[str, Any] = {"dataset": "text", "samples": 2, "tokens": 64}
+
+    def begin(path: Path, begun: bool = False) -> ImatrixWriter:
+        return ImatrixWriter(path, config, [layer], begun=begun, **how)
+
+    for name in ("whole.dat", "killed.dat"):
+        writer = begin(tmp_path / name)
+        writer.put(layer, torch.full((layer.shape[1],), 2.0), 128)
+        if name == "whole.dat":
+            writer.finish()
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, dies_before, die)
+        writer.finish()
+    writer.close()
+    whole, killed = tmp_path / "whole.dat", tmp_path / "killed.dat"
+    assert killed.exists() == (dies_before == "unlink")
+    begin(killed, begun=True).finish()
+    assert killed.read_bytes() == whole.read_bytes() and read_imatrix(whole).legacy
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.dat", "killed.dat"}
 
 
 def test_the_switch_takes_a_file_or_none(tmp_path: Path) -> None:

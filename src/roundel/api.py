@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -185,9 +186,17 @@ def _saved(model: str | Path | nn.Module, held: ExitStack) -> str | Path:
             f"A {type(model).__name__} is neither a folder, a Hub id, nor a model of transformers. Save it with "
             "save_pretrained and pass the folder."
         )
-    folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="roundel-model-")))
+    folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="roundel-model-"))) / _name_of(model)
     save(folder)
     return folder
+
+
+def _name_of(model: nn.Module) -> str:
+    """What a live model is called, in every run the same: as what it was loaded from, or by its type."""
+    config = getattr(model, "config", None)
+    names = (Path(str(getattr(config, "_name_or_path", ""))).name, str(getattr(config, "model_type", "")))
+    clean = (re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip(".-")[:100] for name in names)
+    return next((name for name in clean if name), "model")
 
 
 def remove_downloads(work: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from roundel.interruption import Interruption
 from roundel.io.journal import Journal
 from roundel.io.safetensors import Shard
 from roundel.io.source import LocalFiles
-from roundel.matrices import Demoted, as_bytes, errors_in, finite, reaches, sound
+from roundel.matrices import Demoted, as_bytes, check_scales, errors_in, finite, reaches, sound
 from roundel.memory import give_back, peak_memory
 from roundel.output import FRONTIER
 from roundel.parts import with_parts
@@ -71,21 +72,24 @@ class Units:
         """
         units = [work for work in self.plan.works if work.kind == "unit"]
         todo = [work for work in units if work.name not in self.journal.finished]
-        if self.calibration.importances_to is not None:
-            self.importances = ImatrixWriter(
-                self.calibration.importances_to,
-                self.config,
-                [layer for work in units for layer in work.layers if layer.cut is None],
-                dataset=self.recipe.dataset,
-                samples=self.samples,
-                tokens=self.tokens,
-                begun=len(todo) < len(units),
-            )
-        if todo:
-            self._prepare()
-            self._go(units, todo, interruption)
-        if self.importances is not None:
-            self.importances.finish()
+        with ExitStack() as held:
+            if self.calibration.importances_to is not None:
+                self.importances = ImatrixWriter(
+                    self.calibration.importances_to,
+                    self.config,
+                    [layer for work in units for layer in work.layers if layer.cut is None],
+                    dataset=self.recipe.dataset,
+                    samples=self.samples,
+                    tokens=self.tokens,
+                    begun=len(todo) < len(units),
+                )
+                held.callback(self.importances.close)
+            if todo:
+                self._prepare()
+                held.callback(self.streams.close)
+                self._go(units, todo, interruption)
+            if self.importances is not None:
+                self.importances.finish()
 
     def _prepare(self) -> None:
         import torch
@@ -106,6 +110,7 @@ class Units:
             FRONTIER,
             dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[self.recipe.activation_dtype],
             in_memory=in_memory(calibration.offload, needed, self.free_memory),
+            apart=self.chain.reads_float_stream,
             part=part_of(self.recipe, self.tokens, self.device),
             device=self.device,
         )
@@ -136,7 +141,7 @@ class Units:
         bad: dict[str, NumericsError] = {}
         for layer in (layer for work in todo for layer in work.layers):
             try:
-                finite(layer, self.checkpoint.weights(layer))
+                check_scales(layer, finite(layer, self.checkpoint.weights(layer)))
             except NumericsError as error:
                 bad[layer.name] = error
         if bad:
@@ -270,7 +275,7 @@ class Units:
         """Pack every layer and put it to its place; what stays goes with its new numbers where a transform moved it."""
         rows: list[Row] = []
         for layer in work.layers:
-            result = sound(layer, unit.weights[layer.tensor], rounded[layer.name], strict=self.recipe.strict)
+            result = self._sound(layer, unit, rounded[layer.name])
             nbytes = [0] * len(self.shards)
             for number, output in enumerate(self.plan.outputs):
                 for part, tensor in output.format.pack(layer, result.tensor).items():
@@ -294,6 +299,13 @@ class Units:
                     kept[number] += self._put(number, spec.name, data)
         note = "; ".join(notes) or None
         return Row(name=work.name, kind="unit", nbytes=tuple(kept), note=note, rows=tuple(rows))
+
+    def _sound(self, layer: Layer, unit: Unit, rounded: Rounded) -> Rounded:
+        """Raises Demoted: also of a sound matrix a transform or the algorithm itself may have made scales infinite."""
+        try:
+            return sound(layer, unit.weights[layer.tensor], rounded, strict=self.recipe.strict)
+        except NumericsError as error:
+            raise Demoted({layer.name: error}) from error
 
     def _put(self, number: int, name: str, data: memoryview) -> int:
         self.shards[number][name].put(name, data)

@@ -159,16 +159,35 @@ class ImatrixWriter:
         if self.shard is not None:
             self.shard.flush()
 
+    def close(self) -> None:
+        """Let go of the partial file; it stays."""
+        if self.shard is not None:
+            self.shard.close()
+            self.shard = None
+
     def finish(self) -> None:
-        """Give the file its name; one that ends in .dat becomes llama.cpp's older layout."""
+        """Give the file its name; one that ends in .dat is written in llama.cpp's older layout before it gets it."""
         if self.shard is None:
             return
-        self.shard.finish()
-        if self.path.suffix == LEGACY:
-            data = legacy_imatrix(read_imatrix(self.path), self.samples, self.tokens, self.dataset)
-            finished = self.path.parent / f"{self.path.name}.legacy"
-            finished.write_bytes(data)
+        if self.path.suffix != LEGACY:
+            shard, self.shard = self.shard, None  # which closes itself
+            shard.finish()
+            return
+        partial, finished = self.shard.partial, self.path.parent / f"{self.path.name}.legacy"
+        data = legacy_imatrix(read_imatrix(partial), self.samples, self.tokens, self.dataset)
+        try:
+            with finished.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(finished, self.path)
+            partial.unlink()
+        except OSError as error:
+            raise OutputError(
+                f"{self.path} cannot be written: {error.strerror}. Free the disk and repeat the same command to "
+                "continue."
+            ) from error
+        self.close()
 
 
 def _one(value: float) -> bytes:

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from roundel.tensor import QuantizedTensor
 
 __all__ = [
-    "Demoted", "as_bytes", "errors_in", "errors_in_floats", "errors_of", "finite", "holds", "largest", "reaches",
-    "sharing", "slabs", "sound",
+    "Demoted", "as_bytes", "check_scales", "errors_in", "errors_in_floats", "errors_of", "finite", "holds", "largest",
+    "reaches", "sharing", "slabs", "sound",
 ]  # fmt: skip
 
 COMPARED = 1 << 22  # weights decoded at a time
+SURELY_FITS = 32752.0  # half of float16's largest: weights up to it are spread over a range whose scale is finite
 
 
 class Demoted(NumericsError):
@@ -94,6 +95,15 @@ def sound(layer: Layer, weight: Tensor, rounded: Rounded, *, strict: bool, start
             "(--nsamples), leave the layer as it is (--ignore-layers), or take the fallback without --strict."
         )
     return rounded
+
+
+def check_scales(layer: Layer, weight: Tensor) -> None:
+    """Raises NumericsError for finite weights whose scales leave float16 when they are rounded plainly."""
+    from roundel.algorithms import Rounded
+    from roundel.ops.encode import encode
+
+    if largest(weight) > SURELY_FITS:
+        sound(layer, weight, Rounded(tensor=encode(weight, layer.scheme.weight)), strict=False)
 
 
 def errors_of(weight: Tensor, decoded: Tensor) -> Errors:

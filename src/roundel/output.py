@@ -135,8 +135,10 @@ def is_intact(out: Path, plan: Plan, finished: Collection[str]) -> bool:
     """
     units = [work.name for work in plan.works if work.kind == "unit"]
     following = next((name for name in units if name not in finished), None)
-    if following not in (None, *units[:1]) and not (out / f"{following}.quantized{FRONTIER}").is_file():
-        return False
+    if following not in (None, *units[:1]):
+        streams = ("quantized", "float") if plan.recipe.chain.reads_float_stream else ("quantized",)
+        if not all((out / f"{following}.{stream}{FRONTIER}").is_file() for stream in streams):
+            return False
     for output in plan.outputs:
         for shard in output.shards:
             path = folder_of(out, plan.recipe, output.format.name) / shard.name

@@ -241,12 +241,15 @@ def test_moe_block_has_every_layer() -> None:
     assert total == 8 * 32
 
 
-@pytest.mark.parametrize("value", [0.0, float("nan")])
-def test_inputs_of_no_use_end_in_plain_rounding(value: float) -> None:
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [(0.0, "nothing but zeros entered it"), (float("nan"), "no damping makes its Hessian positive definite")],
+)
+def test_inputs_of_no_use_end_in_plain_rounding(value: float, why: str) -> None:
     """INC's lm_head, whose inputs it never saw, became zeros."""
     unit = unit_of({"lm_head": [torch.full((100, 64), value)]})
     result = Gptq().quantize(unit)["lm_head"]
-    assert result.fallback == "no damping makes its Hessian positive definite: rtn"
+    assert result.fallback == f"{why}: rtn"
     plain = encode(unit.weights["lm_head.weight"], unit.layers[0].scheme.weight)
     assert torch.equal(result.tensor.decode(), plain.decode())
     assert result.tensor.decode().abs().max() > 0

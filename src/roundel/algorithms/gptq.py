@@ -187,6 +187,7 @@ class Gptq(Algorithm):
         for layer in layers:
             by_group.setdefault(layer.scheme.weight.block_of(layer.shape)[1], []).append(layer)
         diagonal = hessian.total.diagonal().clone()
+        useless = "no damping makes its Hessian positive definite" if diagonal.any() else "nothing but zeros entered it"
         damping = self.damping
         if self.shrinkage:
             damping = max(damping, fitting_damping(hessian.total, hessian.fourth, hessian.tokens))
@@ -202,7 +203,7 @@ class Gptq(Algorithm):
             factors = factorize(total, arrangement.order, damping, self.damping_step)
             for layer in alike:
                 found[layer.name] = (
-                    _plainly(unit, layer, hessian.tokens, "no damping makes its Hessian positive definite")
+                    _plainly(unit, layer, hessian.tokens, useless)
                     if factors is None
                     else self._one(unit, layer, factors, arrangement, hessian.tokens, _raised(factors, damping))
                 )

@@ -21,6 +21,7 @@ class Streams:
     tokens      [samples, tokens] int64
     folder, ending   a frontier's file is FOLDER/UNIT.STREAM + ending, after the unit that it enters
     in_memory   whether states are held, and the files only written; see Frontier
+    apart       whether float states travel beside the quantized ones; else these stand for both
     part        samples that are run at once
     """
 
@@ -33,13 +34,15 @@ class Streams:
         *,
         dtype: torch.dtype,
         in_memory: bool,
+        apart: bool,
         part: int,
         device: str,
     ) -> None:
         self.shape = (int(tokens.shape[0]), int(tokens.shape[1]), skeleton.hidden)
         self.part = part
         self._skeleton, self._tokens, self._folder, self._ending = skeleton, tokens, folder, ending
-        self._dtype, self._in_memory, self._device = dtype, in_memory, device
+        self._dtype, self._in_memory, self._apart, self._device = dtype, in_memory, apart, device
+        self._made: list[Frontier] = []
 
     def enter(self, first: str, weights: Mapping[str, Tensor]) -> dict[str, Frontier]:
         """The streams in front of the first unit, where both are the same. weights: what the skeleton enters with."""
@@ -50,13 +53,13 @@ class Streams:
         return {"quantized": made, "float": made}
 
     def resume(self, name: str, weights: Mapping[str, Tensor]) -> dict[str, Frontier]:
-        """The streams in front of a unit, from their files."""
+        """The streams in front of a unit that is not the first, from their files."""
         batches = list(self._batches())
         for samples in batches[:1] + batches[-1:]:  # the arguments that blocks take
             self._entered(samples, weights)
         quantized = self.frontier(name, "quantized")
         quantized.load()
-        if not self._path(name, "float").exists():  # one stream, or the first block, where both are the same
+        if not self._apart:
             return {"quantized": quantized, "float": quantized}
         original = self.frontier(name, "float")
         original.load()
@@ -64,7 +67,14 @@ class Streams:
 
     def frontier(self, name: str, stream: str) -> Frontier:
         """Of a stream in front of a unit, to be filled."""
-        return Frontier(self._path(name, stream), self.shape, self._dtype, in_memory=self._in_memory)
+        made = Frontier(self._path(name, stream), self.shape, self._dtype, in_memory=self._in_memory)
+        self._made.append(made)
+        return made
+
+    def close(self) -> None:
+        """Let go of every frontier that was made; files stay."""
+        for frontier in self._made:
+            frontier.close()
 
     def states(self, frontier: Frontier) -> Iterator[Tensor]:
         """[at most part, tokens, hidden] on the device, all samples in order."""
