@@ -20,6 +20,7 @@ __all__ = [
     "CELLS",
     "FLOATS",
     "SUMS",
+    "TINY",
     "UNIT",
     "Cell",
     "drawn",

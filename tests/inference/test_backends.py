@@ -11,6 +11,7 @@ from inference.cases import (
     CELLS,
     FLOATS,
     SUMS,
+    TINY,
     Cell,
     drawn,
     floats,
@@ -22,9 +23,13 @@ from inference.cases import (
 )
 from roundel.errors import BackendError, RecipeError
 from roundel.inference.backends import BACKENDS, better_but_absent, choose
-from roundel.inference.backends.torch import Torch
+from roundel.inference.backends.torch import Decoding, Torch
+from roundel.inference.gradient import Kernel
+from roundel.inference.linear import QuantLinear
 from roundel.inference.planes import join_planes, split_planes
 from roundel.scheme import PRESETS, Scheme, integer_scheme
+from roundel.tensor import QuantizedTensor
+from roundel.unit import Layer
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -70,6 +75,39 @@ def test_what_is_added_to_codes_is_not_left_out(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["torch", "numba"])
 def test_columns_of_a_group_may_lie_apart(backend: str) -> None:
     assert share_of_allowed(backend, *permuted(), torch.float32) <= 1
+
+
+@pytest.mark.parametrize("batch", [3, 40])
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.bits in (3, 4)], ids=lambda cell: cell.name)
+@pytest.mark.parametrize("backend", ["torch", "numba", "by columns"])
+def test_gradients_reach_inputs(backend: str, cell: Cell, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients_are_right(backend, layer_of(cell.scheme, cell.shape), drawn(cell.scheme, cell.shape), batch, monkeypatch)
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba", "by columns"])
+def test_gradients_of_columns_apart_and_of_floats(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients_are_right(backend, *permuted(), 3, monkeypatch)
+    for _, layer, quantized in floats("MXFP4", "NVFP4"):
+        gradients_are_right(backend, layer, quantized, 3, monkeypatch)
+
+
+def gradients_are_right(
+    backend: str, layer: Layer, quantized: QuantizedTensor, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ "by columns": as backends do that cannot decode."""
+    if backend == "by columns":
+        monkeypatch.setattr(Decoding, "back", Kernel.back)
+        backend = "torch"
+    linear = QuantLinear(layer.name, backend, "cpu", BACKENDS[backend].make(layer, quantized), layer.shape)
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(batch, layer.shape[0], generator=generator)
+    for dtype, rounded in FLOATS.items():
+        x = torch.randn(batch, layer.shape[1], generator=generator).to(dtype).requires_grad_()
+        linear(x).backward(gradient.to(dtype))
+        exact, size = reference(quantized.decode().T, gradient.to(dtype), None)
+        assert x.grad is not None and x.grad.dtype == dtype
+        allowed = (SUMS + 2 * rounded) * size + (TINY if dtype == torch.float16 else 0)
+        assert bool(((x.grad.double() - exact).abs() <= allowed).all())
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -27,6 +27,7 @@ from roundel.formats import FORMATS
 from roundel.inference.backends import Backend, better_but_absent, choose
 from roundel.inference.backends.numba import Numba
 from roundel.inference.backends.torch import Decoding, Torch
+from roundel.inference.gradient import Kernel
 from roundel.inference.linear import Anchor, QuantEmbedding, QuantLinear, StoredEmbedding, StoredLinear
 from roundel.inference.room import check_room
 from roundel.tensor import QuantizedTensor, plain
@@ -233,7 +234,7 @@ class _Filling:
         else:
             self._replace(path, self._packed(matrix))
 
-    def _packed(self, matrix: Matrix, kernel: nn.Module | None = None) -> QuantLinear:
+    def _packed(self, matrix: Matrix, kernel: Kernel | None = None) -> QuantLinear:
         """A rounded layer as a module."""
         backend = self.backends[matrix.name]
         kernel = kernel if kernel is not None else backend.make(matrix.layer(), self._quantized(matrix))
