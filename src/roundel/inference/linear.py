@@ -7,6 +7,7 @@ would double in size if it were widened; so it is widened as it is used.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +17,20 @@ from roundel.errors import BackendError
 from roundel.inference.gradient import Kernel, product
 from roundel.inference.numba.layout import FEW
 
-__all__ = ["Anchor", "QuantEmbedding", "QuantLinear", "StoredEmbedding", "StoredLinear"]
+__all__ = ["Anchor", "QuantEmbedding", "QuantLinear", "StoredEmbedding", "StoredLinear", "unsaved"]
 
 WIDENED = 1 << 22  # weights widened at a time
 
 
 class Anchor(nn.Module):
-    """Keeps a model where its rounded layers are: its first module, which refuses before another one has moved."""
+    """Keeps a model where its rounded layers are: its first module, which refuses before another one has moved.
 
-    def __init__(self, device: str) -> None:
+    It has the first parameter too, for the dtype of that is what transformers calls a model's.
+    """
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
         super().__init__()
+        self.computed = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
         self.device = torch.device(device).type
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Anchor:
@@ -35,6 +40,7 @@ class Anchor(nn.Module):
                 f"The model was loaded for {self.device} and cannot be moved to {there}: its rounded layers lie as "
                 f"{self.device} wants them. Load the checkpoint again with device={there!r}."
             )
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
 
@@ -74,6 +80,9 @@ class QuantLinear(nn.Module):
             )
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        raise unsaved()
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, backend={self.backend}"
@@ -154,6 +163,17 @@ class QuantEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids [...] -> [..., hidden]"""
         return _looked_up(self.inner, self.rows(ids.reshape(-1)).to(self.dtype), ids)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        raise unsaved()
+
+
+def unsaved() -> BackendError:
+    """What is said to who wants to save a rounded model, or its tensors."""
+    return BackendError(
+        "A rounded model cannot be saved from where it runs: its weights lie as their backends want them. Copy the "
+        "folder that it was loaded from."
+    )
 
 
 def _emptied(embedding: nn.Embedding) -> nn.Embedding:
