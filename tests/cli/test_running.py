@@ -7,9 +7,11 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
 import roundel
 from commands import command
@@ -104,6 +106,47 @@ def test_a_generation_config_that_is_not_possible(rounded: Path, tmp_path: Path,
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": True} | wrong))
     found = command("generate", folder, PROMPT)
     assert found.code == 5 and f"says {next(iter(wrong))}=" in found.error
+
+
+def test_other_ways_of_decoding_that_a_checkpoint_wants(rounded: Path) -> None:
+    """One text is written, token by token."""
+    from roundel.inference.drawing import Drawing
+    from roundel.inference.text import continued, tokenizer_for
+
+    model: Any = roundel.load(rounded)
+    tokenizer = tokenizer_for(rounded, model)
+
+    def text(**wanted: Any) -> str:
+        model.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=0, **wanted)
+        return continued(model, tokenizer, PROMPT, str, Drawing(tokens=5))
+
+    plain = text()
+    for wanted in (
+        {"num_beams": 4},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"dola_layers": "high"},
+        {"force_words_ids": [[5]], "num_beams": 2},
+        {"prompt_lookup_num_tokens": 3},
+        {"assistant_early_exit": 1},
+        {"token_healing": True},
+        {"cache_implementation": "quantized"},
+        {"return_dict_in_generate": True},
+        {"stop_strings": ["no such text"]},
+    ):
+        assert text(**wanted) == plain, wanted
+    assert plain not in text(stop_strings=[plain.split()[0]])
+    assert text(do_sample=True, num_return_sequences=2)
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-7])
+def test_next_to_no_temperature_is_none(rounded: Path, temperature: float) -> None:
+    greedy, found = (
+        command("generate", rounded, PROMPT, "--max-new-tokens", 3, "--temperature", chosen)
+        for chosen in (0, temperature)
+    )
+    assert (found.code, found.output) == (0, greedy.output)
 
 
 @pytest.mark.parametrize("temperature", [0, 1])

@@ -24,6 +24,7 @@ __all__ = [
     "Cell",
     "drawn",
     "floats",
+    "gradient_share_of_allowed",
     "layer_of",
     "permuted",
     "reference",
@@ -154,6 +155,21 @@ def share_of_allowed(
             allowed = allowed + FLOATS[dtype] * size * (bias is not None) + (TINY if dtype == torch.float16 else 0)
             found = max(found, float(((y.cpu().double() - expected).abs() / allowed).max()))
     return found
+
+
+def gradient_share_of_allowed(
+    backend: str, layer: Layer, quantized: QuantizedTensor, dtype: torch.dtype, batch: int = 3
+) -> float:
+    """The largest error of the gradient that a backend's inputs get, as a share of what sums and dtypes allow."""
+    linear = QuantLinear(layer.name, backend, "cpu", BACKENDS[backend].make(layer, quantized), layer.shape)
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(batch, layer.shape[0], generator=generator).to(dtype)
+    x = torch.randn(batch, layer.shape[1], generator=generator).to(dtype).requires_grad_()
+    linear(x).backward(gradient)
+    exact, size = reference(quantized.decode().T, gradient, None)
+    assert x.grad is not None and x.grad.dtype == dtype
+    allowed = (SUMS + 2 * FLOATS[dtype]) * size + (TINY if dtype == torch.float16 else 0)
+    return float(((x.grad.double() - exact).abs() / allowed).max())
 
 
 def _allowed(backend: str, quantized: QuantizedTensor, x: Tensor, size: Tensor, dtype: torch.dtype) -> Tensor:

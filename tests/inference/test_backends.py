@@ -14,6 +14,7 @@ from inference.cases import (
     Cell,
     drawn,
     floats,
+    gradient_share_of_allowed,
     layer_of,
     permuted,
     reference,
@@ -22,9 +23,12 @@ from inference.cases import (
 )
 from roundel.errors import BackendError, RecipeError
 from roundel.inference.backends import BACKENDS, better_but_absent, choose
-from roundel.inference.backends.torch import Torch
+from roundel.inference.backends.torch import Decoding, Torch
+from roundel.inference.gradient import Kernel
 from roundel.inference.planes import join_planes, split_planes
 from roundel.scheme import PRESETS, Scheme, integer_scheme
+from roundel.tensor import QuantizedTensor
+from roundel.unit import Layer
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -70,6 +74,31 @@ def test_what_is_added_to_codes_is_not_left_out(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["torch", "numba"])
 def test_columns_of_a_group_may_lie_apart(backend: str) -> None:
     assert share_of_allowed(backend, *permuted(), torch.float32) <= 1
+
+
+@pytest.mark.parametrize("batch", [3, 40])
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.bits in (3, 4)], ids=lambda cell: cell.name)
+@pytest.mark.parametrize("backend", ["torch", "numba", "by columns"])
+def test_gradients_reach_inputs(backend: str, cell: Cell, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients_are_right(backend, layer_of(cell.scheme, cell.shape), drawn(cell.scheme, cell.shape), batch, monkeypatch)
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba", "by columns"])
+def test_gradients_of_columns_apart_and_of_floats(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients_are_right(backend, *permuted(), 3, monkeypatch)
+    for _, layer, quantized in floats("MXFP4", "NVFP4"):
+        gradients_are_right(backend, layer, quantized, 3, monkeypatch)
+
+
+def gradients_are_right(
+    backend: str, layer: Layer, quantized: QuantizedTensor, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ "by columns": as backends do that cannot decode."""
+    if backend == "by columns":
+        monkeypatch.setattr(Decoding, "back", Kernel.back)
+        backend = "torch"
+    for dtype in FLOATS:
+        assert gradient_share_of_allowed(backend, layer, quantized, dtype, batch) <= 1
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
     AutoRoundConfig,
     BitsAndBytesConfig,
 )
@@ -26,7 +29,7 @@ from commands import process
 from models import pico
 from models.raw import plant
 from roundel.data.bundled import bundled_model
-from roundel.errors import BackendError, SourceError
+from roundel.errors import BackendError, PlanError, SourceError
 from roundel.inference import registration
 from roundel.inference.linear import QuantLinear
 
@@ -187,7 +190,25 @@ def test_it_stays_as_it_was_loaded(tmp_path: Path) -> None:
         assert not any(value.is_meta for value in (*model.parameters(), *model.buffers()))
         with pytest.raises(BackendError, match="Copy the folder that it was loaded from"):
             model.save_pretrained(tmp_path / "saved")
+        with pytest.raises(BackendError, match="Copy the folder that it was loaded from"):
+            model.state_dict()
+        copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+        assert torch.equal(said(copied.to("cpu")), said(model))
     assert not (tmp_path / "saved" / "model.safetensors").exists()
+
+
+def test_the_dtype_is_that_of_activations(tmp_path: Path) -> None:
+    folder = made("llama", tmp_path)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for model in (AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), roundel.load(folder, dtype=dtype)):
+            assert model.dtype == said(model).dtype == dtype
+    assert model.to(torch.bfloat16).dtype == torch.bfloat16 and model.device == torch.device("cpu")
+
+
+def test_a_head_that_the_checkpoint_does_not_have(tmp_path: Path) -> None:
+    told = r"checkpoint of LlamaForCausalLM and cannot be loaded as LlamaForSequenceClassification, whose score\.weight"
+    with pytest.raises(PlanError, match=told):
+        AutoModelForSequenceClassification.from_pretrained(made("llama", tmp_path))
 
 
 def test_what_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import roundel
 from models import pico
@@ -159,6 +160,25 @@ def test_it_generates(tmp_path: Path) -> None:
     for _ in range(8):  # the same without a cache
         ids = torch.cat([ids, said(model, ids)[:, -1].argmax(-1, keepdim=True)], dim=-1)
     assert torch.equal(found, ids)
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_gradients_are_those_of_decoded_weights(backend: str | None, tmp_path: Path) -> None:
+    """Through rounded layers and a kept head, for a prompt and for few tokens."""
+    folder = made("llama", tmp_path)
+    model, rounded = roundel.load(folder, backend=backend), open_checkpoint(folder)
+    decoded = AutoModelForCausalLM.from_config(model.config)
+    decoded.load_state_dict({name: rounded.tensor(name).float() for name in rounded.tensor_names}, strict=False)
+    rounded.close()
+    for ids in (IDS, IDS[:1, :4]):
+        found, wanted = (
+            decoded.get_input_embeddings()(ids).detach().requires_grad_(),
+            decoded.get_input_embeddings()(ids).detach().requires_grad_(),
+        )
+        model(inputs_embeds=found, labels=ids).loss.backward()
+        decoded(inputs_embeds=wanted, labels=ids).loss.backward()
+        assert found.grad is not None and wanted.grad is not None
+        assert near(found.grad, wanted.grad, 1e-5 if backend else 10 * FEW)
 
 
 def test_it_stays_where_it_was_loaded(tmp_path: Path) -> None:

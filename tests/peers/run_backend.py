@@ -20,7 +20,16 @@ sys.path[:0] = [str(HERE.parents[2] / "src"), str(HERE.parents[1])]
 
 import torch  # noqa: E402
 
-from inference.cases import CELLS, FLOATS, drawn, floats, layer_of, permuted, share_of_allowed  # noqa: E402
+from inference.cases import (  # noqa: E402
+    CELLS,
+    FLOATS,
+    drawn,
+    floats,
+    gradient_share_of_allowed,
+    layer_of,
+    permuted,
+    share_of_allowed,
+)
 
 
 def interpreted() -> None:
@@ -57,6 +66,7 @@ def main() -> None:
             found[f"{cell.name} {dtype}"] = share_of_allowed(BACKEND, *given, **tried)
     tried = {"biases": (True,), "batches": (1, 7)} if some else {}
     found["permuted"] = share_of_allowed(BACKEND, *permuted(), torch.float32, **tried)
+    found["gradients"] = gradient_share_of_allowed(BACKEND, *permuted(), torch.float32)
     if BACKEND == "triton":
         for (name, layer, quantized), dtype in zip(floats("MXFP4"), dtypes, strict=True):
             found[f"{name} {dtype}"] = share_of_allowed(BACKEND, layer, quantized, dtype, **tried)

@@ -18,6 +18,7 @@ from typing import Any
 
 import openai
 import pytest
+from starlette.testclient import TestClient
 
 import roundel
 from cli.test_running import TEMPLATE
@@ -26,6 +27,7 @@ from roundel.data.bundled import bundled_model
 from roundel.inference.drawing import Drawing
 from roundel.inference.linear import QuantEmbedding
 from roundel.inference.text import answered, continued, tokenizer_for
+from roundel.serving.app import make_app
 from roundel.serving.asked import Refusal, read_request
 from roundel.serving.speaker import Speaker
 
@@ -233,6 +235,24 @@ def test_a_model_whose_embedding_is_rounded(tmp_path: Path) -> None:
             speaker.read(read_request(b'{"prompt": [2048]}', "out", is_chat=False))
     finally:
         speaker.close()
+
+
+def test_what_fails_while_it_is_streamed_is_told() -> None:
+    model: Any = roundel.load(bundled_model())
+    speaker = Speaker(model, tokenizer_for(bundled_model(), model))
+    client = TestClient(make_app(speaker, "out", "*"), raise_server_exceptions=False)
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise ValueError("No such thing")
+
+    model.generate = failing
+    try:
+        whole = client.post("/v1/completions", json={"prompt": PROMPT})
+        streamed = client.post("/v1/completions", json={"prompt": PROMPT, "stream": True})
+    finally:
+        speaker.close()
+    assert whole.status_code == 500 and "ValueError: No such thing" in whole.json()["error"]["message"]
+    assert json.loads(streamed.text.removeprefix("data: ")) == whole.json()
 
 
 def test_without_a_chat_template(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from roundel.errors import BackendError
 from roundel.formats.format import WordLayout
 from roundel.formats.words import pack_words
+from roundel.inference.gradient import Kernel
 from roundel.inference.grouping import side_by_side
 from roundel.tensor import QuantizedTensor
 from roundel.unit import Layer
@@ -78,7 +79,7 @@ def filled(linear: Any, layer: Layer, parts: dict[str, Tensor]) -> Any:
     return made
 
 
-class Foreign(nn.Module):
+class Foreign(Kernel):
     """A weight in a class of GPTQModel, which multiplies in float16 or bfloat16: float32 is rounded to the latter."""
 
     def __init__(
@@ -86,6 +87,7 @@ class Foreign(nn.Module):
     ) -> None:
         """build: the parts -> the class, ready to multiply. Raises BackendError when GPTQModel cannot do that here."""
         super().__init__()
+        self.shape = quantized.shape
         parts, order = word_parts(quantized, backend)
         try:
             self.inner = build(parts)

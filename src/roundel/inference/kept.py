@@ -8,7 +8,7 @@ from typing import Any
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from roundel.errors import BackendError
+from roundel.inference.linear import unsaved
 
 __all__ = ["Kept", "StoredConfig"]
 
@@ -28,10 +28,7 @@ class Kept(HfQuantizer):  # type: ignore[misc]
     """The quantizer of a model whose rounded layers lie as their backends like them."""
 
     def is_serializable(self) -> bool:
-        raise BackendError(
-            "A rounded model cannot be saved from where it runs: its weights lie as their backends want them. Copy the "
-            "folder that it was loaded from."
-        )
+        raise unsaved()
 
     @property
     def is_trainable(self) -> bool:

@@ -27,6 +27,7 @@ from roundel.formats import FORMATS
 from roundel.inference.backends import Backend, better_but_absent, choose
 from roundel.inference.backends.numba import Numba
 from roundel.inference.backends.torch import Decoding, Torch
+from roundel.inference.gradient import Kernel
 from roundel.inference.linear import Anchor, QuantEmbedding, QuantLinear, StoredEmbedding, StoredLinear
 from roundel.inference.room import check_room
 from roundel.tensor import QuantizedTensor, plain
@@ -137,7 +138,7 @@ def fill(
     if backends:
         others = dict(model._modules)
         model._modules.clear()
-        model._modules.update({"anchor": Anchor(device)} | others)
+        model._modules.update({"anchor": Anchor(device, dtype)} | others)
     if device == "cpu" and not any(_multiplied_by_torch(module) for module in model.modules()):
         from roundel.inference.numba.team import spare_processors
 
@@ -210,8 +211,15 @@ class _Filling:
                 head.weight = embedding.get_parameter("weight")
         missing = [name for name, value in self.model.named_parameters() if value.is_meta]
         if missing:
+            source, wanted = self.checkpoint.source, type(self.model).__name__
+            made_for = source.config.get("architectures")
+            if isinstance(made_for, list) and made_for and wanted not in made_for:
+                raise PlanError(
+                    f"{source.name} is a checkpoint of {made_for[0]} and cannot be loaded as {wanted}, whose "
+                    f"{missing[0]} it does not have ({len(missing)} such). Load it as {made_for[0]}."
+                )
             raise SourceError(
-                f"{self.checkpoint.source.name} has no tensor for transformers' {missing[0]} ({len(missing)} such), or "
+                f"{source.name} has no tensor for transformers' {missing[0]} ({len(missing)} such), or "
                 "holds it in another arrangement. Fetch the checkpoint again."
             )
 
@@ -233,7 +241,7 @@ class _Filling:
         else:
             self._replace(path, self._packed(matrix))
 
-    def _packed(self, matrix: Matrix, kernel: nn.Module | None = None) -> QuantLinear:
+    def _packed(self, matrix: Matrix, kernel: Kernel | None = None) -> QuantLinear:
         """A rounded layer as a module."""
         backend = self.backends[matrix.name]
         kernel = kernel if kernel is not None else backend.make(matrix.layer(), self._quantized(matrix))

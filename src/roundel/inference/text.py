@@ -175,6 +175,7 @@ def written(
             streamer=Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True),
             stopping_criteria=StoppingCriteriaList([Enough()]),
             logits_processor=LogitsProcessorList([Numbers()]),
+            tokenizer=tokenizer,  # for stop texts of generation_config
             **drawing.options(limit - len(ids)),
         )[0, len(ids) :].tolist()
     ends = known.generation_config.eos_token_id

@@ -126,6 +126,9 @@ async def _stream(speaker: Speaker, asked: Asked, jobs: Jobs, frame: Answer) -> 
         yield "data: [DONE]\n\n"
     except Refusal as refusal:
         yield _event(error_body(refusal))
+    except Exception as error:  # the status has been sent
+        yield _event(error_body(_failure(error)))
+        raise
 
 
 def _event(content: dict[str, Any]) -> str:
@@ -145,5 +148,8 @@ async def _not_found(request: Request, error: Exception) -> Response:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    refusal = Refusal(f"The server failed ({type(error).__name__}: {error}).", status=500)
-    return JSONResponse(error_body(refusal), status_code=500)
+    return JSONResponse(error_body(_failure(error)), status_code=500)
+
+
+def _failure(error: Exception) -> Refusal:
+    return Refusal(f"The server failed ({type(error).__name__}: {error}).", status=500)

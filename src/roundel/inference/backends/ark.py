@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from roundel.inference.backends.backend import missing
+from roundel.inference.gradient import Kernel
 from roundel.inference.grouping import side_by_side
 from roundel.tensor import QuantizedTensor
 from roundel.unit import Layer
@@ -42,11 +43,11 @@ class Ark:
             return f"it multiplies integers in groups, {layer.scheme.name} is none"
         return None
 
-    def make(self, layer: Layer, quantized: QuantizedTensor) -> nn.Module:
+    def make(self, layer: Layer, quantized: QuantizedTensor) -> Kernel:
         return Blob(quantized)
 
 
-class Blob(nn.Module):
+class Blob(Kernel):
     """A weight as the library packs it, scales of 32 bits included."""
 
     def __init__(self, quantized: QuantizedTensor) -> None:

@@ -6,8 +6,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import ClassVar, Protocol
 
-from torch import nn
-
+from roundel.inference.gradient import Kernel
 from roundel.tensor import QuantizedTensor
 from roundel.unit import Layer
 
@@ -32,8 +31,8 @@ class Backend(Protocol):
     def refuse(self, layer: Layer, device: str) -> str | None:
         """Why this layer cannot be run on this device ("cpu", "cuda", "xpu"), or None. Missing packages aside."""
 
-    def make(self, layer: Layer, quantized: QuantizedTensor) -> nn.Module:
-        """A module x [tokens, in] -> x @ weight.T [tokens, out], in x's dtype, without the bias.
+    def make(self, layer: Layer, quantized: QuantizedTensor) -> Kernel:
+        """What multiplies, without the bias.
 
         quantized   on the device where the module is to be; what the module keeps of it is its own
         """

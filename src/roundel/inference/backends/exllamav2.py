@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from roundel.inference.backends.backend import missing
 from roundel.inference.gptqmodel import Foreign, filled, refuse_foreign
+from roundel.inference.gradient import Kernel
 from roundel.tensor import QuantizedTensor
 from roundel.unit import Layer
 
@@ -40,7 +41,7 @@ class Exllamav2:
             return f"it takes outputs and inputs in multiples of {SIDE}, not {list(layer.shape)}"
         return reason
 
-    def make(self, layer: Layer, quantized: QuantizedTensor) -> nn.Module:
+    def make(self, layer: Layer, quantized: QuantizedTensor) -> Kernel:
         def build(parts: dict[str, Tensor]) -> nn.Module:
             made: Any = exllamav2_module(layer, parts)
             made.scratch = self._space(

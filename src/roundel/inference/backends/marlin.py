@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from roundel.inference.backends.backend import missing
 from roundel.inference.gptqmodel import Foreign, filled, refuse_foreign
+from roundel.inference.gradient import Kernel
 from roundel.tensor import QuantizedTensor
 from roundel.unit import Layer
 
@@ -39,7 +40,7 @@ class Marlin:
             return f"it takes whole words, {each} outputs and {each} inputs each, not {list(layer.shape)}"
         return reason
 
-    def make(self, layer: Layer, quantized: QuantizedTensor) -> nn.Module:
+    def make(self, layer: Layer, quantized: QuantizedTensor) -> Kernel:
         def build(parts: dict[str, Tensor]) -> nn.Module:
             made = marlin_module(layer, parts)
             made.post_init()  # type: ignore[operator]

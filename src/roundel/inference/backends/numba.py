@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from roundel.inference.gradient import Kernel
 from roundel.inference.grouping import side_by_side
 from roundel.inference.numba.layout import LAYOUTS
 from roundel.scheme import Grid
@@ -48,11 +49,11 @@ class Numba:
             return f"it takes groups of whole sixteens, not of {columns}"
         return None
 
-    def make(self, layer: Layer, quantized: QuantizedTensor) -> nn.Module:
+    def make(self, layer: Layer, quantized: QuantizedTensor) -> Kernel:
         return Packed(quantized)
 
 
-class Packed(nn.Module):
+class Packed(Kernel):
     """A weight in words. Numbers lie in integer buffers, so that changing the model's dtype changes none."""
 
     def __init__(self, quantized: QuantizedTensor) -> None:
@@ -86,10 +87,19 @@ class Packed(nn.Module):
         entering = x if x.dtype == torch.float32 and not x.requires_grad else x.detach().float()
         if self.order is not None:
             entering = entering[:, self.get_buffer("order")]
+        found = self._rows().product(entering)
+        return (found if self.factor == 1 else found * self.factor).to(x.dtype)
+
+    def back(self, gradient: Tensor) -> Tensor:
+        found = self._rows().back(gradient.float()) * self.factor
+        if self.order is not None:
+            found = found[:, self.get_buffer("order").argsort()]
+        return found.to(gradient.dtype)
+
+    def _rows(self) -> PackedRows:
         if self._packed is None:
             self._packed = self._arrays()
-        found = self._packed.product(entering)
-        return (found if self.factor == 1 else found * self.factor).to(x.dtype)
+        return self._packed
 
     def _arrays(self) -> PackedRows:
         """The buffers as the kernels take them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from roundel.formats import FORMATS, Format
+from roundel.inference.gradient import Kernel
 from roundel.inference.planes import join_planes, split_planes
 from roundel.scheme import Element
 from roundel.tensor import QuantizedTensor, plain
@@ -29,11 +31,11 @@ class Torch:
     def refuse(self, layer: Layer, device: str) -> str | None:
         return None
 
-    def make(self, layer: Layer, quantized: QuantizedTensor) -> nn.Module:
+    def make(self, layer: Layer, quantized: QuantizedTensor) -> Kernel:
         return Decoding(FORMATS[layer.stored.format], quantized)
 
 
-class Decoding(nn.Module):
+class Decoding(Kernel):
     """A weight in packed bytes. Numbers lie in uint8 buffers, so that changing the model's dtype changes none."""
 
     def __init__(self, format: Format, quantized: QuantizedTensor) -> None:
@@ -61,17 +63,27 @@ class Decoding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [tokens, in] -> [tokens, out]"""
-        out, width = self.shape
-        dtype = torch.float32 if x.device.type == "cpu" else x.dtype
-        result = torch.empty((x.shape[0], out), dtype=x.dtype, device=x.device)
-        entering, block = x.to(dtype), self.grid.block[0] or 1
+        entering = x.to(_computed(x))
+        result = torch.empty((len(x), self.shape[0]), dtype=x.dtype, device=x.device)
+        for rows, weights in self._slabs(entering.dtype):
+            result[:, rows] = nn.functional.linear(entering, weights)
+        return result
+
+    def back(self, gradient: Tensor) -> Tensor:
+        entering = gradient.to(_computed(gradient))
+        found = torch.zeros((len(gradient), self.shape[1]), device=gradient.device)  # sums of slabs in float32
+        for rows, weights in self._slabs(entering.dtype):
+            found += entering[:, rows] @ weights
+        return found.to(gradient.dtype)
+
+    def _slabs(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Some rows after others, and their weights [rows, in]."""
+        (out, width), block = self.shape, self.grid.block[0] or 1
         step = max(1, DECODED // width // block) * block
         for start in range(0, out, step):
             rows = slice(start, min(start + step, out))
             blocks = slice(start // block, -(-rows.stop // block)) if self.grid.block[0] else slice(0, 1)
-            weights = self.format.decode(self._quantized(rows, blocks))
-            result[:, rows] = nn.functional.linear(entering, weights.to(dtype))
-        return result
+            yield rows, self.format.decode(self._quantized(rows, blocks)).to(dtype)
 
     def rows(self, numbers: Tensor) -> Tensor:
         """Some rows of the weight, [numbers, in], where no two share a scale."""
@@ -103,6 +115,11 @@ class Decoding(nn.Module):
 
     def _kept(self, name: str, part: slice | Tensor) -> Tensor | None:
         return self.get_buffer(name).view(self._dtypes[name])[part] if name in self._dtypes else None
+
+
+def _computed(x: Tensor) -> torch.dtype:
+    """The dtype of products."""
+    return torch.float32 if x.device.type == "cpu" else x.dtype
 
 
 def _is_signed(element: Element) -> bool:

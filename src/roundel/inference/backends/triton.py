@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from roundel.inference.backends.backend import missing
+from roundel.inference.gradient import Kernel
 from roundel.inference.grouping import side_by_side, unsigned
 from roundel.scheme import Grid
 from roundel.tensor import QuantizedTensor
@@ -42,11 +43,11 @@ class Triton:
             return "it has no words of one bit"
         return None
 
-    def make(self, layer: Layer, quantized: QuantizedTensor) -> nn.Module:
+    def make(self, layer: Layer, quantized: QuantizedTensor) -> Kernel:
         return Lines(quantized)
 
 
-class Lines(nn.Module):
+class Lines(Kernel):
     """A weight in lines. Numbers lie in integer buffers, so that changing the model's dtype changes none."""
 
     def __init__(self, quantized: QuantizedTensor) -> None:

@@ -6,7 +6,7 @@ a time, and torch multiplies: a code is decoded once for all inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import numpy as np
@@ -73,9 +73,22 @@ class PackedRows:
     def _block_weights(self) -> int:
         return self.rows * self.columns
 
+    def back(self, gradient: Tensor) -> Tensor:
+        """gradient float32 [inputs, out] -> gradient @ weight, float32 [inputs, in]."""
+        found = torch.zeros((len(gradient), self.shape[1]), dtype=torch.float32)
+        for rows, weights in self._slabs():
+            found += gradient[:, rows] @ weights
+        return found
+
     def _many(self, x: Tensor) -> Tensor:
+        result = torch.empty((len(x), self.shape[0]), dtype=torch.float32)
+        for rows, weights in self._slabs():
+            result[:, rows] = x @ weights.T
+        return result
+
+    def _slabs(self) -> Iterator[tuple[slice, Tensor]]:
+        """Some rows after others, and their weights, float32 [rows, in], which lie there until the next."""
         out, width = self.shape
-        result = torch.empty((len(x), out), dtype=torch.float32)
         step = max(1, SLAB // self._block_weights)
         slab = torch.empty((min(step, self.blocks) * self.rows, self.columns), dtype=torch.float32)
         numbers = slab.numpy()
@@ -83,8 +96,7 @@ class PackedRows:
             end = min(begin + step, self.blocks)
             self.decode(begin, end, numbers)
             rows = slice(begin * self.rows, min(end * self.rows, out))
-            result[:, rows] = x @ slab[: rows.stop - rows.start, :width].T
-        return result
+            yield rows, slab[: rows.stop - rows.start, :width]
 
 
 def pack_rows_of_words(codes: np.ndarray, bits: int, lowest: int = 0) -> np.ndarray:

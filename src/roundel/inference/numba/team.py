@@ -53,6 +53,7 @@ def spare_processors(model: nn.Module) -> None:
     """While a model whose every matrix is multiplied by teams reads a few tokens, torch works in one thread.
 
     Its threads wait by spinning, on the processors that a team needs, and what is left to them is too little to share.
+    A thread that first uses torch meanwhile begins with one too, and keeps it: torch knows no other way to say it.
     """
     model.register_forward_pre_hook(_take_threads, with_kwargs=True)
     model.register_forward_hook(_give_threads, always_call=True)
