@@ -24,11 +24,11 @@ class Kernel(nn.Module):
     def back(self, gradient: Tensor) -> Tensor:
         """gradient [tokens, out] -> gradient @ weight [tokens, in]. Here by products that give the weight's columns."""
         width = self.shape[1]
-        found = gradient.new_empty((len(gradient), width))
+        found, entering = gradient.new_empty((len(gradient), width)), gradient.float()
         for start in range(0, width, TOGETHER):
-            ones = torch.eye(min(TOGETHER, width - start), dtype=gradient.dtype, device=gradient.device)
+            ones = torch.eye(min(TOGETHER, width - start), device=gradient.device)
             columns = self(nn.functional.pad(ones, (start, width - start - len(ones))))
-            found[:, start : start + len(ones)] = gradient @ columns.T
+            found[:, start : start + len(ones)] = entering @ columns.T
         return found
 
 

@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from roundel.inference.text import Written
 from roundel.serving.answers import Answer, error_body, model_entry
-from roundel.serving.asked import Asked, Refusal, read_request
+from roundel.serving.asked import Asked, Refusal, failure, read_request
 from roundel.serving.speaker import Speaker
 
 __all__ = ["make_app"]
@@ -126,9 +126,6 @@ async def _stream(speaker: Speaker, asked: Asked, jobs: Jobs, frame: Answer) -> 
         yield "data: [DONE]\n\n"
     except Refusal as refusal:
         yield _event(error_body(refusal))
-    except Exception as error:  # the status has been sent
-        yield _event(error_body(_failure(error)))
-        raise
 
 
 def _event(content: dict[str, Any]) -> str:
@@ -148,8 +145,4 @@ async def _not_found(request: Request, error: Exception) -> Response:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    return JSONResponse(error_body(_failure(error)), status_code=500)
-
-
-def _failure(error: Exception) -> Refusal:
-    return Refusal(f"The server failed ({type(error).__name__}: {error}).", status=500)
+    return JSONResponse(error_body(failure(error)), status_code=500)

@@ -15,7 +15,7 @@ from roundel.errors import RecipeError
 from roundel.inference.drawing import Drawing
 from roundel.inference.text import Turns
 
-__all__ = ["Asked", "Refusal", "read_request"]
+__all__ = ["Asked", "Refusal", "failure", "read_request"]
 
 LEGACY_TOKENS = 16  # that /v1/completions writes when it is not told how many
 STOPS = 16  # stop texts at most
@@ -175,3 +175,8 @@ def _flag(wish: Mapping[str, Any], name: str) -> bool:
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def failure(error: BaseException) -> Refusal:
+    """What is answered where the server fails."""
+    return Refusal(f"The server failed ({type(error).__name__}: {error}).", status=500)

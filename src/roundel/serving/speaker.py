@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +15,7 @@ from torch import nn
 from roundel.errors import QuantizationError
 from roundel.inference.drawing import Drawing
 from roundel.inference.text import Turns, Written, prompt_ids, reach, tokens_known, turn_ids, written
-from roundel.serving.asked import Asked, Refusal
+from roundel.serving.asked import Asked, Refusal, failure
 
 __all__ = ["Speaker"]
 
@@ -64,6 +65,10 @@ class Speaker:
         try:
             while isinstance(item := await heard.get(), str):
                 yield item
+            error = item.exception()
+            if error is not None and not isinstance(error, Refusal):
+                logging.getLogger(__name__).error("A generation failed.", exc_info=error)
+                raise failure(error)
             yield item.result()
         finally:
             alone.set()
