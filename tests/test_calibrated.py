@@ -72,6 +72,23 @@ def test_every_step_is_tried_here() -> None:
     assert named >= {a.name for a in ALGORITHMS.values() if a.reads_activations} | set(TRANSFORMS)
 
 
+@pytest.mark.parametrize("chain", ["gptq", "signround", "awq,rtn", "teq,opt-rtn"])
+def test_what_the_caller_has_set_in_torch_changes_nothing(chain: str, data: Path, tmp_path: Path) -> None:
+    model = build("llama", tmp_path / "model")
+    roundel.quantize(model, tmp_path / "usual", **options(chain, data))
+    for name, mode in (("no_grad", torch.no_grad()), ("inference", torch.inference_mode())):
+        with mode:
+            roundel.quantize(model, tmp_path / name, **options(chain, data))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        roundel.quantize(model, tmp_path / "narrow", **options(chain, data))
+    finally:
+        torch.set_default_dtype(before)
+    for name in ("no_grad", "inference", "narrow"):
+        assert hashes(tmp_path / name) == hashes(tmp_path / "usual"), name
+
+
 @pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
 def test_each_chain_writes_a_sound_checkpoint(chain: str, model_type: str, data: Path, tmp_path: Path) -> None:

@@ -256,6 +256,43 @@ def test_experts_learn_and_those_without_tokens_stay_at_the_start() -> None:
     assert error(unit, decoded(unit, found)) < 0.8 * plain_error(unit)
 
 
+def test_a_layer_that_saw_few_tokens_stays_at_the_start_and_says_so() -> None:
+    unit = make_unit("W3A16G32", experts=4, top_k=1, shared=True)
+    how = SignRound(iters=10, batch_size=4, keep_best=False)
+    usual, start = how.quantize(unit), replace(how, iters=0).quantize(unit)
+    tokens = sorted({found.tokens or 0 for name, found in usual.items() if ".experts." in name})
+    assert tokens[0] > 0
+    few = replace(how, min_tokens=tokens[0] + 1).quantize(unit)
+    for name, found in few.items():
+        stays = found.tokens == tokens[0]
+        assert torch.equal(found.tensor.decode(), start[name].tensor.decode()) == stays, name
+        reached = f"{tokens[0]} tokens reached it, fewer than {tokens[0] + 1}: it is rounded as learning would"
+        assert (found.fallback or "").startswith(reached if stays else ""), name
+        assert (found.fallback is None) != stays
+    with pytest.raises(RecipeError, match="min_tokens=0"):
+        SignRound(min_tokens=0)
+
+
+@pytest.mark.parametrize("optimizer", ["sign", "adam"])
+@pytest.mark.parametrize("scheme", ["W2A16G32_ASYM", "W4A16G32", "MXFP4"])
+@pytest.mark.parametrize("reference", ["0", "1"])
+def test_blocks_of_zeros_stay_zeros(
+    scheme: str, optimizer: str, reference: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The least scale is not 0, and a gradient would move their codes."""
+    monkeypatch.setenv("ROUNDEL_REFERENCE", reference)
+    unit = make_unit(scheme)
+    layer = unit.layers[0]
+    holed = unit.weights[layer.tensor].clone()
+    holed[3, :32] = 0
+    holed[5] = 0
+    unit = rebound(unit, {**unit.weights, layer.tensor: holed})
+    how = SignRound(iters=8, batch_size=4, keep_best=False, optimizer=optimizer)
+    found = how.quantize(unit)[layer.name].tensor.decode()
+    assert not found[3, :32].any() and not found[5].any()
+    assert found[3, 32:].any()
+
+
 def test_a_head_is_a_unit_like_any_other() -> None:
     head = make_head("W4A16G32")
     found = SignRound(iters=40, batch_size=4).quantize(head)

@@ -126,3 +126,15 @@ def test_the_command_on_the_card_makes_the_same_recipe(wishes: dict[str, Any]) -
 def page(name: str) -> str:
     """A document, its lines joined."""
     return " ".join((ROOT / name).read_text(encoding="utf-8").split())
+
+
+def test_a_named_recipe_replaces_the_algorithm_of_a_file_and_its_options(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text(
+        '{"algorithm": "signround", "options": {"iters": 5}, "nsamples": 7, "bits": 3}'
+    )
+    known = cli.get_command(click.Context(cli), "plan")
+    assert known is not None
+    words = ["MODEL", "--recipe-file", str(tmp_path / "recipe.json"), "--recipe"]
+    for name, options, samples in (("default", {}, 128), ("rtn", {}, 7), ("light", {"iters": 50, "lr": 5e-3}, 128)):
+        found = recipe_from(known.make_context("plan", [*words, name]).params)
+        assert (found.options, found.nsamples, found.bits) == (options, samples, 3), name

@@ -83,9 +83,12 @@ def test_the_best_are_those_that_no_other_beats() -> None:
         (("compare", "MODEL", "MODEL", "--ppl", "bundled", "--html", "."), 2, "is a directory"),
         (("eval", "nowhere/at/all", "--ppl", "bundled"), 5, "nowhere/at/all"),
         (("compare", "MODEL", "--ppl", "bundled"), 2, "There is nothing to compare with"),
+        (("compare", "MODEL", "--ppl", "bundled", "--source", "MODEL/"), 2, "There is nothing to compare with"),
+        (("eval", "MODEL/config.json", "--tasks", "own"), 2, "is none. Name the folder of a checkpoint."),
+        (("eval", "org/model", "--tasks", "own"), 2, "is none. Fetch it with `hf download`."),
     ],
 )
 def test_what_makes_no_sense(arguments: tuple[str, ...], code: int, says: str) -> None:
-    done = command(*(str(bundled_model()) if part == "MODEL" else part for part in arguments))
+    done = command(*(part.replace("MODEL", str(bundled_model())) for part in arguments))
     assert done.code == code
     assert says in done.error

@@ -11,21 +11,25 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from commands import Outcome, command
+from models import pico
 from roundel.api import quantize
 from roundel.data.bundled import bundled_model, bundled_text
-from roundel.errors import RecipeError
+from roundel.errors import RecipeError, SourceError
 from roundel.evaluation.means import Mean
-from roundel.evaluation.tasks import TaskRun, _scores, differences, run_tasks, vllm_arguments
+from roundel.evaluation.tasks import TaskRun, _model, _scores, differences, run_tasks, vllm_arguments
+from roundel.inference.loading import load
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = Path(os.environ.get("ROUNDEL_PEERS", ROOT / ".peers")) / "lmeval" / "bin" / "python"
@@ -121,6 +125,42 @@ def test_its_absence_names_the_command() -> None:
     done = command("eval", bundled_model(), "--tasks", "hellaswag")
     assert done.code == 2
     assert "pip install 'roundel[tasks]'" in done.error
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama4_text", "qwen3_5", "qwen2_vl", "tied"])
+def test_the_model_is_what_is_loaded(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Families whose experts are fused or whose text model is part of a larger one; lm_eval ties heads once more."""
+    wishes = {"gpt_oss": {"quantization_config": None}, "tied": {"tie_word_embeddings": True}}.get(kind, {})
+    model = pico.build("llama" if kind == "tied" else kind, tmp_path / "model", vocab_size=2048, **wishes)
+    quantize(model, tmp_path / "out", scheme="W4A16G32", quant_lm_head=kind == "tied")
+    ids = torch.randint(0, 2048, (1, 40), generator=torch.Generator().manual_seed(0))
+
+    def backend(*, pretrained: Any, **more: object) -> Any:
+        pretrained.tie_weights()
+        with torch.no_grad():
+            return pretrained(input_ids=ids).logits
+
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", SimpleNamespace(HFLM=backend))  # type: ignore[arg-type]
+    found = _model(tmp_path / "out", bundled_model(), 1, "cpu", False)
+    with torch.no_grad():
+        expected = load(tmp_path / "out", backend="torch")(input_ids=ids).logits
+    assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_code_of_a_tokenizer_runs_where_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(bundled_model(), folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | own))
+    (folder / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\nclass Own(PreTrainedTokenizerFast):\n    ours = 1\n"
+    )
+    backend = SimpleNamespace(HFLM=lambda *, tokenizer, **more: tokenizer)
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", backend)  # type: ignore[arg-type]
+    assert _model(folder, None, 1, "cpu", True).ours == 1
+    with pytest.raises(SourceError, match="pass --trust-remote-code"):
+        _model(folder, None, 1, "cpu", False)
 
 
 VLLM = vllm_arguments(Path("out"), Path("words"), 8, False)

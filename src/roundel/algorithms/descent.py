@@ -48,8 +48,11 @@ def learn(unit: Unit, how: SignRound) -> dict[str, Rounded]:
     plainly = {layer.name: _plainly(unit, layer, how) for layer in unit.layers}
     kept: Mapping[str, QuantizedTensor] = plainly
     baseline = best = _error(unit, how, plainly)
-    matrices = [_Matrix(layer, how, _begin(unit, layer, how, inputs, plainly)) for layer in unit.layers]
-    fallbacks = {layer.name: _fallback(layer, inputs) for layer in unit.layers}
+    fallbacks = {layer.name: _fallback(layer, inputs, how) for layer in unit.layers}
+    matrices = [
+        _Matrix(layer, how, _begin(unit, layer, how, inputs, plainly), moves=fallbacks[layer.name] is None)
+        for layer in unit.layers
+    ]
     del plainly
     learned = False
     for state in _states(unit, how, matrices):
@@ -73,8 +76,12 @@ def _stream(how: SignRound) -> Stream:
     return "quantized" if how.quantized_inputs else "float"
 
 
-def _fallback(layer: Layer, inputs: Mapping[str, Inputs]) -> str | None:
-    return None if layer.name in inputs else "no token reached it: it is rounded as learning would have started"
+def _fallback(layer: Layer, inputs: Mapping[str, Inputs], how: SignRound) -> str | None:
+    tokens = inputs[layer.name].tokens if layer.name in inputs else 0
+    if tokens is None or tokens >= how.min_tokens:
+        return None
+    seen = f"{tokens} tokens reached it, fewer than {how.min_tokens}" if tokens else "no token reached it"
+    return f"{seen}: it is rounded as learning would have started"
 
 
 def _plainly(unit: Unit, layer: Layer, how: SignRound) -> QuantizedTensor:
@@ -131,16 +138,17 @@ def _descent(unit: Unit, how: SignRound, matrices: Sequence[_Matrix]) -> Iterato
 class _Matrix:
     """A layer whose rounding is learned: decodes to its rounded weights, and moves along their gradient.
 
+    moves     whether it steps at all
     is_last   whether the pass is the last of a step, so that the gradient is whole once all its uses have answered
     """
 
-    def __init__(self, layer: Layer, how: SignRound, learned: Learned) -> None:
-        self.layer, self.learned = layer, learned
+    def __init__(self, layer: Layer, how: SignRound, learned: Learned, *, moves: bool) -> None:
+        self.layer, self.learned, self.moves = layer, learned, moves
         self.rate, self.range_rate = how.rates(layer)
         self.memory = remember(learned) if how.optimizer == "adam" else None
         self.steps, self.uses, self.is_last = 0, 0, True
         self.gradient: Tensor | None = None
-        self._anchor = torch.zeros((), device=learned.weight.device, requires_grad=True)
+        self._anchor = torch.zeros((), dtype=torch.float32, device=learned.weight.device, requires_grad=True)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -168,7 +176,7 @@ class _Matrix:
     def move(self) -> None:
         """Step along the gradient, and let it go; without one, no token reached the layer."""
         gradient, self.gradient = self.gradient, None
-        if gradient is None:
+        if gradient is None or not self.moves:
             return
         self.steps += 1
         descend(

@@ -247,7 +247,9 @@ def _errors(weight: Tensor, tensor: QuantizedTensor, factors: Factors) -> tuple[
     from roundel.ops.encode import encode
     from roundel.ops.hessian import proxy_loss
 
-    rows = torch.linspace(0, len(weight) - 1, min(MEASURED_ROWS, len(weight)), device=weight.device).long()
+    rows = torch.linspace(
+        0, len(weight) - 1, min(MEASURED_ROWS, len(weight)), dtype=torch.float32, device=weight.device
+    ).long()
     exact = weight[rows].float()
     plainly = encode(exact, tensor.grid)
     size, error, baseline = (

@@ -51,6 +51,7 @@ class SignRound(Algorithm):
     batch_size  samples of a step: twice as many take twice the time and are no better (docs/algorithms.md)
     gradient_accumulation   batches whose gradients are summed up for a step
     blocks      decoder blocks learned together, for the error behind the last of them; memory grows with it
+    min_tokens  a layer that saw fewer keeps the start
     low_memory  run samples one at a time, their gradients summed up: the same steps but for float rounding. Without it
                 as many are run together as it takes to be fast
     seed        of the order in which samples are drawn
@@ -73,11 +74,12 @@ class SignRound(Algorithm):
     batch_size: int = 4
     gradient_accumulation: int = 1
     blocks: int = 1
+    min_tokens: int = 16
     low_memory: bool = False
     seed: int = 42
 
     def __post_init__(self) -> None:
-        lowest = {"iters": 0, "batch_size": 1, "gradient_accumulation": 1, "blocks": 1, "seed": 0}
+        lowest = {"iters": 0, "batch_size": 1, "gradient_accumulation": 1, "blocks": 1, "min_tokens": 1, "seed": 0}
         for name, low in lowest.items():
             value = getattr(self, name)
             if value < low:

@@ -60,7 +60,7 @@ def _scale(layer: Layer, largest: float, like: Tensor) -> Tensor:
     """[1] float32; 1 where nothing but zeros was seen."""
     import torch
 
-    return torch.tensor([largest / _largest_value(layer.scheme) or 1.0], device=like.device)
+    return torch.tensor([largest / _largest_value(layer.scheme) or 1.0], dtype=torch.float32, device=like.device)
 
 
 def _largest_value(scheme: Scheme) -> float:

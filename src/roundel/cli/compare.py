@@ -40,7 +40,9 @@ def compare(
     from roundel.evaluation.comparison_page import comparison_page
     from roundel.evaluation.measure import measure
 
-    everyone = models if source is None or source in models[:1] else (source, *(m for m in models if m != source))
+    everyone = models
+    if source is not None and not _same(source, models[0]):
+        everyone = (source, *(model for model in models if not _same(source, model)))
     if len(everyone) < 2:
         raise RecipeError("There is nothing to compare with. Name two models or more, or a --source.")
     with Bar() as bar:
@@ -50,3 +52,8 @@ def compare(
     write_json(json_file, found.to_dict())
     if html_file is not None:
         write_file(html_file, comparison_page(found))
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether both name one folder, or one model on the Hub."""
+    return Path(one).resolve() == Path(other).resolve()

@@ -42,7 +42,7 @@ __all__ = ["eval_"]
     type=click.Choice(["hf", "vllm"]),
     default="hf",
     show_default=True,
-    help="What runs tasks: transformers on decoded weights, or vLLM on the checkpoint as it is.",
+    help="What runs tasks: transformers as `roundel generate` loads the model, or vLLM on the checkpoint as it is.",
 )
 @passage_options
 def eval_(
@@ -118,7 +118,8 @@ def _tasks(
     runs = []
     for model in models:
         if not Path(model).is_dir():
-            raise RecipeError(f"Tasks run on models in a folder, and {model} is none. Fetch it with `hf download`.")
+            instead = "Name the folder of a checkpoint." if Path(model).exists() else "Fetch it with `hf download`."
+            raise RecipeError(f"Tasks run on models in a folder, and {model} is none. {instead}")
     for model in models:
         with Bar() as bar:
             runs.append(

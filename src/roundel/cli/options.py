@@ -149,6 +149,7 @@ def recipe_from(options: dict[str, Any]) -> Recipe:
         given["layer_config"] = parse_layer_config(given["layer_config"])
     base = Recipe.load(path).to_dict() if path is not None else {}
     if named is not None:
+        base.pop("options", None)  # those of the file's algorithm
         base |= RECIPES[named]
     if "algorithm" in given and given["algorithm"] != base.get("algorithm"):
         base.pop("options", None)  # those of another algorithm

@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness on a checkpoint, through the library `lm_eval` itself, an optional part.
 
-Its Hugging Face backend is given the model with all matrices decoded, in float32 and whole in memory; its vLLM backend
-is given the folder, and runs it as vLLM does. Tasks run one by one: one that fails says why and keeps the others'
+Its Hugging Face backend is given the model as `inference` loads it, which computes in float32; its vLLM backend is
+given the folder, and runs it as vLLM does. Tasks run one by one: one that fails says why and keeps the others'
 results.
 """
 
@@ -21,12 +21,10 @@ from torch import Tensor
 
 from roundel.api import check_device
 from roundel.calibration.quiet import quiet
-from roundel.calibration.tokenizer import load_tokenizer
-from roundel.checkpoint import open_checkpoint
-from roundel.errors import PlanError, RecipeError, nearest
+from roundel.errors import RecipeError, nearest
 from roundel.evaluation.means import Mean, influences, standard_error
-from roundel.evaluation.models import decoded_model
-from roundel.memory import free_memory
+from roundel.inference.loading import load
+from roundel.inference.text import tokenizer_for
 
 __all__ = ["Score", "TaskRun", "differences", "run_tasks", "vllm_arguments"]
 
@@ -87,10 +85,11 @@ def run_tasks(
     batch      questions at once; None: 1, or as many as vLLM likes
     limit      questions of each task at most
     runtime    one of RUNTIMES
-    device     where the decoded model is: "cpu", "cuda"; vLLM chooses for itself
+    device     where the model is: "cpu", "cuda"; vLLM chooses for itself
+    trust_remote_code   whether code that ships inside the checkpoint may run, the tokenizer's too
 
-    Raises RecipeError when lm_eval or vllm is not installed, or lm_eval knows no such task; PlanError when the model in
-    float32 does not fit in memory; SourceError for a broken checkpoint.
+    Raises RecipeError when lm_eval or vllm is not installed, or lm_eval knows no such task; BackendError when the model
+    does not fit in memory; SourceError for a broken checkpoint, PlanError for a model that transformers does not know.
     """
     check_device(device)
     if runtime == "vllm":
@@ -100,7 +99,7 @@ def run_tasks(
         if runtime == "vllm":
             model = _vllm(folder, tokenizer, batch, trust_remote_code)
         else:
-            model = _model(folder, tokenizer, batch or 1, device)
+            model = _model(folder, tokenizer, batch or 1, device, trust_remote_code)
         found = []
         for number, name in enumerate(names):
             tick(number / len(names), f"{folder.name} {name}")
@@ -187,27 +186,15 @@ def _vllm(folder: Path, tokenizer: Path | None, batch: int | None, trust_remote_
     return VLLM(**vllm_arguments(folder, tokenizer, batch, trust_remote_code))
 
 
-def _model(folder: Path, tokenizer: Path | None, batch: int, device: str) -> Any:
-    """The decoded checkpoint as lm_eval's Hugging Face backend."""
-    checkpoint = open_checkpoint(folder)
-    try:
-        needed = 4 * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.tensor_names)
-        if needed > free_memory():
-            raise PlanError(
-                f"{folder} decoded to float32 takes {needed / 1e9:.1f} GB of memory, {free_memory() / 1e9:.1f} GB are "
-                "free. Free some; perplexity and divergence (--ppl) are measured without holding the model."
-            )
-        packed = (matrix.name for matrix in checkpoint.wholes.values() if matrix.stored.format != "plain")
-        weights = {name: checkpoint.decode(name) for name in packed}
-    finally:
-        checkpoint.close()
+def _model(folder: Path, tokenizer: Path | None, batch: int, device: str, trusted: bool) -> Any:
+    """The checkpoint as lm_eval's Hugging Face backend. Kernels of GPUs round more than float32 does: decoded there."""
+    backend = None if device == "cpu" else "torch"
+    model = load(folder, device=device, backend=backend, dtype=torch.float32, trust_remote_code=trusted)
+    tokens = tokenizer_for(tokenizer or folder, model, trust_remote_code=trusted)
     from lm_eval.models.huggingface import HFLM
 
-    made: Any = decoded_model(folder, weights)
-    del weights
     with quiet():
-        tokens = load_tokenizer(tokenizer or folder)
-        return HFLM(pretrained=made.to(device), tokenizer=tokens, batch_size=batch, device=device)
+        return HFLM(pretrained=model, tokenizer=tokens, batch_size=batch, device=device)
 
 
 def _run(model: Any, task: str, manager: Any, limit: int | None) -> TaskRun:

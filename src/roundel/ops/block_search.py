@@ -221,14 +221,14 @@ def positive_fit(x: Tensor, weight: Tensor, largest: int) -> tuple[Tensor, Tenso
 
 def nearest_in(values: Tensor, table: tuple[float, ...]) -> Tensor:
     """The index of the nearest entry of a rising table; of two as near, the upper."""
-    middles = torch.tensor([low + high for low, high in pairwise(table)], device=values.device)
+    middles = torch.tensor([low + high for low, high in pairwise(table)], dtype=torch.float32, device=values.device)
     return torch.bucketize(values + values, middles, right=True)
 
 
 def table_fit(x: Tensor, weight: Tensor, table: tuple[float, ...]) -> Tensor:
     """The scale [blocks] with which entries of a table come nearest; 0 for a block of zeros."""
     edge = largest_in(x)
-    entries = torch.tensor(table, device=x.device)
+    entries = torch.tensor(table, dtype=torch.float32, device=x.device)
 
     def tried(inverse: Tensor) -> tuple[Tensor, Tensor]:
         value = entries[nearest_in(inverse[:, None] * x, table)]

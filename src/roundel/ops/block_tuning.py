@@ -152,7 +152,11 @@ def tune_blocks(weight: Tensor, grid: Grid, importance: Tensor | None = None, th
     """
     out, width = weight.shape
     rows = max(1, CHUNK // max(1, width))
-    counted = torch.ones(width, device=weight.device) if importance is None else importance.to(weight.device).float()
+    counted = (
+        torch.ones(width, dtype=torch.float32, device=weight.device)
+        if importance is None
+        else importance.to(weight.device).float()
+    )
 
     def part(begin: int) -> QuantizedTensor:
         x = weight[begin : begin + rows].float()

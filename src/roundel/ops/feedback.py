@@ -74,7 +74,7 @@ def round_columns(
     width, rows = weight.shape
     groups = int(arrangement.group.max()) + 1
     codes = torch.empty((width, rows), dtype=torch.uint8, device=weight.device)
-    empty = torch.empty((groups, rows), device=weight.device)
+    empty = torch.empty((groups, rows), dtype=torch.float32, device=weight.device)
     scales = fixed or Scales(scale=empty, lowest=empty.clone())
     upper = factors.upper
     for panel in _panels(arrangement.spans or _pieces(0, width), block_size):
@@ -105,7 +105,7 @@ def static_scales(weight: Tensor, strength: Tensor, columns: int, grid: Grid, tr
     weight     [in, rows], in the matrix' own order
     strength   [in], in that order too
     """
-    alone = torch.zeros((PIECE, PIECE), device=weight.device)
+    alone = torch.zeros((PIECE, PIECE), dtype=torch.float32, device=weight.device)
     found = []
     for start in range(0, len(weight), columns):
         group, counted = weight[start : start + columns], strength[start : start + columns]
@@ -158,7 +158,7 @@ def _search(values: Tensor, losses: Callable[[Scales], Tensor], grid: Grid, tria
     if not trials:
         return _fitted(low[None], high[None], grid)
     narrowest = NARROWEST[grid.element.bits]
-    shares = torch.linspace(1.0, narrowest, trials, device=low.device)[:, None]
+    shares = torch.linspace(1.0, narrowest, trials, dtype=torch.float32, device=low.device)[:, None]
     around: Sequence[tuple[float, float]]
     if grid.symmetric:
         extreme, none = torch.maximum(-low, high) * shares, torch.zeros_like(low) * shares

@@ -121,7 +121,7 @@ def fit_power_of_two(groups: Tensor, grid: Grid) -> Tensor:
         found = torch.where(mantissa == 0.5, exponent - 1, exponent)
         found = torch.where(largest == 0, torch.ones_like(found), found)
     else:
-        emax = int(torch.frexp(torch.tensor(grid.element.hi)).exponent) - 1
+        emax = int(torch.frexp(torch.tensor(grid.element.hi, dtype=torch.float32)).exponent) - 1
         found = torch.where(largest == 0, torch.full_like(largest, 2.0), largest)
         found = torch.frexp(found).exponent - 1 - emax
     return (found.clamp(-127, 127) + 127).to(torch.uint8)

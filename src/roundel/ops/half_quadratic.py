@@ -80,7 +80,7 @@ def solve_reference(weight: Tensor, grid: Grid, how: Splitting) -> Searched:
     (out, width), columns = plainly.shape, grid.block_of(plainly.shape)[1]
     scale, codes = plain(plainly.scale).clone(), plainly.codes.clone()
     zero = None if plainly.zero is None else plainly.zero.clone()
-    present = grouped(torch.ones(1, width, device=weight.device), columns)
+    present = grouped(torch.ones(1, width, dtype=torch.float32, device=weight.device), columns)
     rows = max(1, CHUNK // max(1, width))
     for start in range(0, out, rows):
         at = slice(start, min(out, start + rows))

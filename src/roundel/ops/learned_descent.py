@@ -118,11 +118,13 @@ def descend(
 ) -> None:
     """Move shift and factors against a gradient, in place, and the memory with them.
 
-    gradient   [out, in], of the loss with respect to the rounded weights
+    gradient   [out, in], of the loss with respect to the rounded weights; counts as 0 in blocks that are still
     rate, range_rate   the size of the step, of shifts and of factors
     memory     None: along the sign of the gradient. Else as `adam` says
     step       how many steps the memory has seen with this one
     """
+    if learned.still is not None:
+        gradient = flat(grouped(gradient, learned.columns).masked_fill(learned.still[..., None], 0.0), learned)
     shift = None if memory is None else memory.shift
     if use_kernels() and learned.weight.device.type == "cpu":
         from roundel.ops.numba.learned_rounding import descend_kernel

@@ -63,6 +63,7 @@ class Learned:
              lower is not used. MX: upper is the largest magnitude. ggml's types: the scale, and the base
     narrow   whether scales of integers are numbers that bfloat16 has too, so that readers who keep them in it lose
              nothing
+    still    [out, blocks] which hold nothing but zeros, and are not moved; None: none does
     unit, low_unit   [out, blocks] of what scale and base are whole multiples; None where they are float16
     """
 
@@ -74,6 +75,7 @@ class Learned:
     lower: Tensor | None
     upper: Tensor
     narrow: bool = False
+    still: Tensor | None = None
     unit: Tensor | None = None
     low_unit: Tensor | None = None
 
@@ -115,6 +117,7 @@ def begin(weight: Tensor, start: QuantizedTensor, narrow: bool = False) -> Learn
     else:
         zero = start.zero.float()
         low, lower, upper = ones.clone(), -zero * scale, (grid.element.hi - zero) * scale
+    still = (grouped(weight, grid.block_of(start.shape)[1]) == 0).all(-1)
     return Learned(
         weight=weight,
         grid=grid,
@@ -124,6 +127,7 @@ def begin(weight: Tensor, start: QuantizedTensor, narrow: bool = False) -> Learn
         lower=lower,
         upper=upper,
         narrow=narrow,
+        still=still if bool(still.any()) else None,
         unit=unit,
         low_unit=low_unit,
     )
@@ -245,13 +249,11 @@ def _codes(learned: Learned, found: Range) -> Tensor:
 
 def _rows(learned: Learned, part: slice) -> Learned:
     """Some rows; what is learned of them is shared."""
-    low, lower, unit, low_unit = (
-        None if each is None else each[part] for each in (learned.low, learned.lower, learned.unit, learned.low_unit)
-    )
+    optional = (learned.low, learned.lower, learned.unit, learned.low_unit, learned.still)
+    low, lower, unit, low_unit, still = (None if each is None else each[part] for each in optional)
     weight, shift, high, upper = (each[part] for each in (learned.weight, learned.shift, learned.high, learned.upper))
-    return replace(
-        learned, weight=weight, shift=shift, low=low, high=high, lower=lower, upper=upper, unit=unit, low_unit=low_unit
-    )
+    changed = replace(learned, weight=weight, shift=shift, low=low, high=high, lower=lower, upper=upper)
+    return replace(changed, unit=unit, low_unit=low_unit, still=still)
 
 
 def _range_rows(found: Range, part: slice) -> Range:

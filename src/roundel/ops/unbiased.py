@@ -40,7 +40,11 @@ def unbiased(
     """
     columns = found.grid.block_of(found.shape)[1]
     scale, decoded = plain(found.scale), decode(found)
-    counted = torch.ones(found.shape[1], device=weight.device) if importance is None else importance.to(weight.device)
+    counted = (
+        torch.ones(found.shape[1], dtype=torch.float32, device=weight.device)
+        if importance is None
+        else importance.to(weight.device)
+    )
     counted = counted.double()
     rows = max(1, SLAB // max(1, found.shape[1]))
     factors = []

@@ -34,7 +34,11 @@ def block_errors(weight: Tensor, quantized: QuantizedTensor, importance: Tensor 
 def counts_of(weight: Tensor, importance: Tensor | None, columns: int) -> Tensor:
     """[in] or None -> [groups, columns] float32, ones where a group has no importance at all; 0 past a last group."""
     width = weight.shape[1]
-    given = torch.ones(width, device=weight.device) if importance is None else importance.to(weight.device).float()
-    ones = grouped(torch.ones(1, width, device=weight.device), columns)[0]
+    given = (
+        torch.ones(width, dtype=torch.float32, device=weight.device)
+        if importance is None
+        else importance.to(weight.device).float()
+    )
+    ones = grouped(torch.ones(1, width, dtype=torch.float32, device=weight.device), columns)[0]
     counted = grouped(given[None], columns)[0]
     return torch.where(counted.sum(-1, keepdim=True) > 0, counted, ones)

@@ -81,7 +81,7 @@ def _clip_rows(weight: Tensor, grid: Grid, factor: Tensor, shares: list[float]) 
         missed = grouped(round_trip(candidate, grid) - weight, columns).transpose(0, 1)
         return (missed @ factor.mT).square().sum(-1)
 
-    best, share = error(weight), torch.ones(groups.shape[1::-1], device=weight.device)
+    best, share = error(weight), torch.ones(groups.shape[1::-1], dtype=torch.float32, device=weight.device)
     for tried, candidate in _candidates(groups, grid, shares, weight.shape[1]):
         found = error(candidate)
         better = found < best

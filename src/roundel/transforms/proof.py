@@ -74,7 +74,9 @@ class _Trial:
         undone, alone = dict(self.unit.weights), dict(self.unit.weights)
         for space in spaces:
             generator = torch.Generator().manual_seed(zlib.crc32(space.name.encode()))
-            powers = torch.tensor([-2.0, -1.0, 1.0, 2.0])[torch.randint(4, (space.size,), generator=generator)]
+            powers = torch.tensor([-2.0, -1.0, 1.0, 2.0], dtype=torch.float32)[
+                torch.randint(4, (space.size,), generator=generator)
+            ]
             scale = torch.exp2(powers).to(self.exact.device)
             undone, alone = absorb(undone, space, scale), absorb(alone, space, scale, writers=False)
         moved, expected = self._moved(undone), float(self._moved(alone).mean())

@@ -43,7 +43,12 @@ class Training:
 
         self.unit, self.notes = prove(unit)
         self._logs = {
-            space.name: torch.zeros(space.size, device=unit.weights[space.writers[0].tensor].device, requires_grad=True)
+            space.name: torch.zeros(
+                space.size,
+                dtype=torch.float32,
+                device=unit.weights[space.writers[0].tensor].device,
+                requires_grad=True,
+            )
             for space in self.unit.spaces
         }
 

@@ -63,7 +63,7 @@ def descend_kernel(
              gradient * (1 - inside)
     """
     by_scale, clamped = torch.empty_like(found.scale), torch.empty_like(found.scale)
-    none = torch.empty(gradient.shape[0], 0)
+    none = torch.empty(gradient.shape[0], 0, dtype=torch.float32)
     first, second = (none, none) if moments is None else (moments.first, moments.second)
     written = _arrays(learned.shift, found.scale, found.zero, _base(found), first, second, by_scale, clamped)
     arrays = [gradient.detach().contiguous().numpy(), stored_bits(learned.weight), *written]
