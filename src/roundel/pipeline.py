@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from roundel.algorithms import Rtn
 from roundel.calibrated import Units
 from roundel.calibrating import Calibration
@@ -112,6 +110,8 @@ def run(
 @contextmanager
 def _learnable() -> Iterator[None]:
     """Gradients as learning needs them, whatever the caller has switched off."""
+    import torch
+
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
