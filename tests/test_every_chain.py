@@ -82,6 +82,7 @@ CHANGED: dict[str, dict[str, tuple[Value, dict[str, Value]]]] = {  # field -> an
         "keep_best": (True, {"lr": 1.0}),
         "batch_size": (4, {}),
         "gradient_accumulation": (2, {}),
+        "min_tokens": (10**6, {}),
         "seed": (1, {}),
     },
     "awq": {

@@ -70,9 +70,12 @@ class Units:
         Raises PlanError when the model cannot be run block by block, NumericsError for weights or activations that are
         not finite, OutputError when the disk is full, KeyboardInterrupt at a unit's end where it was asked for.
         """
+        import torch
+
         units = [work for work in self.plan.works if work.kind == "unit"]
         todo = [work for work in units if work.name not in self.journal.finished]
-        with ExitStack() as held:
+        # Learning needs gradients, whatever the caller has switched off.
+        with torch.inference_mode(False), torch.enable_grad(), ExitStack() as held:
             if self.calibration.importances_to is not None:
                 self.importances = ImatrixWriter(
                     self.calibration.importances_to,

@@ -11,9 +11,8 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,7 +70,7 @@ def run(
     Ctrl-C at the end of the work at hand, after the second at once.
     """
     started = time.perf_counter()
-    with _learnable(), Interruption() as interruption:
+    with Interruption() as interruption:
         journal = _journal(out, plan)
         resumed = len(journal.finished)
         if progress is not None:
@@ -105,15 +104,6 @@ def run(
         report = Report(plan=plan, folder=out, rows=rows, seconds=time.perf_counter() - started, resumed=resumed)
         finish(out, plan, checkpoint.source, report)
         return report
-
-
-@contextmanager
-def _learnable() -> Iterator[None]:
-    """Gradients as learning needs them, whatever the caller has switched off."""
-    import torch
-
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
 
 
 def _journal(out: Path, plan: Plan) -> Journal:

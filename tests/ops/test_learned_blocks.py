@@ -119,7 +119,9 @@ def test_kernels_step_as_the_definition_does(name: str) -> None:
         high=learned.high.clone(),
         low=None if learned.low is None else learned.low.clone(),
     )
-    by = gradients(slow_one, found, slope)
+    assert learned.still is not None and learned.still.any()
+    moving = ~learned.still.repeat_interleave(learned.columns, 1)[:, : slope.shape[1]]
+    by = gradients(slow_one, found, slope * moving)
     slow_one.shift.sub_(0.01 * by.shift.sign())
     descend(learned, found, slope, rate=0.01, range_rate=0.01)
     assert torch.equal(learned.shift, slow_one.shift)
